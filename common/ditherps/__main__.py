@@ -1,0 +1,7 @@
+"""`python -m ditherps` is `ditherps`."""
+
+import sys
+
+from ditherps.cli import main
+
+sys.exit(main())

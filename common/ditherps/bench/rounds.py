@@ -1,0 +1,60 @@
+"""`ditherps bench rounds`: seconds a round takes when nothing is computed."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ditherps.bench.idle import COORDINATES_VARIABLE
+from ditherps.errors import Reason, RunFailedError
+from ditherps.job import resolve_job
+from ditherps.local import run_local
+from ditherps.plots import read_records
+
+WARM_UP_ROUNDS = 3
+
+
+def print_table(records: list[dict[str, Any]]) -> None:
+    """Print what `measure` returned, a row a codec."""
+    first = records[0]
+    table = Table("codec", "seconds a round", "fastest", "slowest", "uplink kbit", "downlink kbit", "decode s",
+                  title=f"{first['coordinates']:,} parameters, {first['workers']} workers, {first['cores']} cores")  # fmt: skip
+    for r in records:
+        table.add_row(
+            r["codec"], f"{r['seconds_median']:.3f}", f"{r['seconds_min']:.3f}", f"{r['seconds_max']:.3f}",
+            f"{8e-3 * r['uplink_bytes']:,.0f}", f"{8e-3 * r['downlink_bytes']:,.0f}", f"{r['decode_seconds']:.4f}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+def measure(codec: str, workers: int, rounds: int, coordinates: int) -> dict[str, Any]:
+    """One run: a server and `workers` worker processes; bytes are those of a round, all workers together."""
+    os.environ[COORDINATES_VARIABLE] = str(coordinates)
+    flags = {
+        "task": "ditherps.bench.idle:Idle", "codec": codec, "workers": workers, "rounds": rounds,
+        "evaluate_every": rounds,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="ditherps-bench-") as folder:
+        job = resolve_job(flags).config
+        _, code = run_local(job, Path(folder), None, quiet=True)
+        if code:
+            raise RunFailedError(Reason.INTERNAL, f"the run with {codec} ended with exit code {code}")
+        closed = read_records(Path(folder))
+    ends = [record["elapsed_seconds"] for record in closed]
+    seconds = [after - before for before, after in pairwise(ends)][WARM_UP_ROUNDS:]
+    last = closed[-1]
+    return {
+        "codec": codec, "coordinates": coordinates, "workers": workers, "rounds": len(seconds),
+        "seconds_median": statistics.median(seconds), "seconds_min": min(seconds), "seconds_max": max(seconds),
+        "uplink_bytes": last["uplink_bytes"], "downlink_bytes": last["downlink_bytes"],
+        "decode_seconds": statistics.median(record["decode_seconds"] for record in closed[WARM_UP_ROUNDS:]),
+        "encode_seconds": statistics.median(record["encode_seconds"] for record in closed[WARM_UP_ROUNDS:]),
+        "cores": os.cpu_count(),
+    }  # fmt: skip

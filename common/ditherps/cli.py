@@ -1,0 +1,61 @@
+"""The command line: finds the commands, turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+
+import typer
+
+from ditherps import __version__
+from ditherps.errors import DitherpsError, ExitCode
+
+COMMANDS = "ditherps.commands"
+"""Entry-point group: each package that has commands names a `register(app)` there."""
+
+
+def build_app() -> typer.Typer:
+    """The application with every installed command."""
+    app = typer.Typer(
+        name="ditherps", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        help="Federated training that spends as few bits as possible. Start with: [b]ditherps local[/b]",
+    )  # fmt: skip
+
+    @app.callback(invoke_without_command=True)
+    def common(version: bool = typer.Option(False, "--version", help="Print the versions and exit.")) -> None:
+        if version:
+            from ditherps.wire import PROTOCOL_VERSION
+
+            print(f"ditherps {__version__} (protocol {PROTOCOL_VERSION})")
+            raise typer.Exit
+
+    for entry in sorted(entry_points(group=COMMANDS), key=lambda found: found.name):
+        entry.load()(app)
+    return app
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code (see `ExitCode`)."""
+    try:
+        build_app()(list(arguments) if arguments is not None else None, prog_name="ditherps")
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else ExitCode.OK
+    except DitherpsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return ExitCode.OK
+
+
+def log_to_stderr(*, verbose: bool) -> None:
+    """Structured lines on standard error: time, level, message."""
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    for noisy in ("asyncio", "matplotlib", "numba", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

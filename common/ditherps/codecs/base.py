@@ -1,0 +1,415 @@
+"""The codec interface (design, contract 2): what every scheme takes, gives and declares.
+
+A codec is stateless and its instances are interchangeable: same name and options, same bytes. Byte layouts are documented
+in proto/FORMAT.md.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import struct
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from ditherps.dither import MAX_COORDINATES, TILE, Address
+from ditherps.errors import ContextMismatchError, EncodingError, NonFiniteError, OptionError, PayloadError, Reason
+
+Span: TypeAlias = tuple[int, int]
+Bytes: TypeAlias = NDArray[np.uint8]
+
+FORMAT_VERSION = 1
+TAGS: dict[int, str] = {1: "none", 2: "bf16", 3: "dqsg", 4: "ndqsg"}
+
+
+class Role(enum.StrEnum):
+    """What a worker's message is to the server in a round: side information for others, or decoded with it."""
+
+    SOURCE = "source"
+    NESTED = "nested"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What both ends were given or derive beside the message: nothing yet but its identity.
+
+    Attributes:
+        version: 0 for the empty context.
+        digest: of the contents.
+    """
+
+    version: int = 0
+    digest: bytes = b""
+
+    @property
+    def check(self) -> int:
+        """32 bits that stand in each payload: 0 for the empty context."""
+        return zlib.crc32(self.digest, self.version) if self != _EMPTY else 0
+
+
+_EMPTY = Context()
+
+
+@dataclass(frozen=True)
+class DecodeReport:
+    """What decoding met: coordinates and tiles seen, and tiles whose recovered indices do not match their check."""
+
+    coordinates: int = 0
+    tiles: int = 0
+    failed_tiles: int = 0
+
+    def __add__(self, other: DecodeReport) -> DecodeReport:
+        return DecodeReport(
+            self.coordinates + other.coordinates, self.tiles + other.tiles, self.failed_tiles + other.failed_tiles
+        )
+
+
+class Header(NamedTuple):
+    """The fixed beginning of every payload; little-endian, `HEADER.size` bytes."""
+
+    format: int
+    tag: int
+    flags: int
+    options: int
+    context: int
+    exception_bytes: int
+    coordinates: int
+
+
+HEADER = struct.Struct("<BBHIIQQ")
+
+
+class Encoded:
+    """An encoded vector: its bytes, with the header read and nothing copied.
+
+    Attributes:
+        header: the fields of the header.
+        data: the whole payload, read-only uint8.
+    """
+
+    __slots__ = ("data", "header", "index")
+
+    def __init__(self, data: Bytes, header: Header) -> None:
+        self.data = data.view()
+        self.data.flags.writeable = False
+        self.header = header
+        self.index: tuple[Codec, Any] | None = None  # what a codec found out when it checked these bytes
+
+    @property
+    def codec(self) -> str:
+        """Name of the codec that wrote it."""
+        return TAGS[self.header.tag]
+
+    @property
+    def coordinates(self) -> int:
+        """Length of the vector."""
+        return self.header.coordinates
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the payload, header included."""
+        return self.data.size
+
+    @property
+    def bits_per_coordinate(self) -> float:
+        """All bits of the payload over its coordinates (0 where there are none)."""
+        return 8 * self.data.size / self.header.coordinates if self.header.coordinates else 0.0
+
+    def to_bytes(self) -> bytes:
+        """A copy of the payload."""
+        return self.data.tobytes()
+
+    @classmethod
+    def from_bytes(cls, buffer: bytes | bytearray | memoryview | Bytes) -> Encoded:
+        """Read a payload without copying it (unless it lies at an odd address) and check its header.
+
+        The sections behind the header can only be checked by the codec with the right options: `Codec.validate`, which
+        also every decoding does once.
+
+        Raises:
+            PayloadError: too short, another format version, unknown codec or flags, or sizes that contradict each other.
+        """
+        data = np.frombuffer(buffer, np.uint8)
+        if data.ctypes.data % 4:
+            data = data.copy()
+        if data.size < HEADER.size:
+            raise PayloadError(f"payload of {data.size} bytes is shorter than its header of {HEADER.size}", Reason.SIZE)
+        header = Header(*HEADER.unpack_from(data.data))
+        if header.format != FORMAT_VERSION:
+            raise PayloadError(f"payload has format version {header.format}, this is version {FORMAT_VERSION}")
+        if header.tag not in TAGS:
+            raise PayloadError(f"payload has unknown codec tag {header.tag}")
+        if header.flags:
+            raise PayloadError(f"payload has unknown flags {header.flags:#x}")
+        if header.coordinates > MAX_COORDINATES:
+            raise PayloadError(f"payload announces {header.coordinates} coordinates, beyond 2^35", Reason.SIZE)
+        if header.exception_bytes > data.size - HEADER.size:
+            raise PayloadError(f"payload announces {header.exception_bytes} exception bytes, more than it has", Reason.SIZE)
+        return cls(data, header)
+
+
+class Options(BaseModel):
+    """Base of all option models; each field's description says what is allowed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+def parse_options(model: type[Options], codec: str, values: dict[str, Any]) -> Options:
+    """Validate; OptionError names the option, its value and what is allowed."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]) if first["loc"] else "options"
+        field = model.model_fields.get(option)
+        allowed = (
+            (field.description or str(first["msg"]))
+            if field is not None
+            else f"the options of {codec}: {', '.join(model.model_fields) or 'none'}"
+        )
+        raise OptionError(f"{codec}.{option}", first["input"], allowed) from None
+
+
+class Codec(ABC):
+    """One scheme with its options. Subclasses are registered in `ditherps.codecs`.
+
+    Attributes:
+        name: in job files and `ditherps.codec`.
+        tag: in payloads.
+        unbiased: decoding gives the vector in expectation over the dither.
+        needs_side_information: decoding needs a vector near the encoded one.
+        summable: payloads of several workers can be added before decoding.
+        roles: what workers that use it can be.
+        chunk_coordinates: unit of `span`, a multiple of the tile.
+    """
+
+    name: ClassVar[str]
+    tag: ClassVar[int]
+    Options: ClassVar[type[Options]]
+    unbiased: ClassVar[bool] = True
+    needs_side_information: ClassVar[bool] = False
+    summable: ClassVar[bool] = False
+    roles: ClassVar[tuple[Role, ...]] = (Role.SOURCE,)
+    chunk_coordinates: ClassVar[int] = TILE
+
+    def __init__(self, **options: Any) -> None:
+        self.options = parse_options(self.Options, self.name, options)
+        canonical = json.dumps([self.name, self.format_options()], sort_keys=True, separators=(",", ":"))
+        self.digest = zlib.crc32(canonical.encode())
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v!r}' for k, v in self.options.model_dump().items())})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Codec) and self.name == other.name and self.options == other.options
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.digest))
+
+    def format_options(self) -> dict[str, Any]:
+        """The options on which the bytes or their meaning depend; their digest stands in the header."""
+        return self.options.model_dump()
+
+    def for_role(self, role: Role) -> Codec:
+        """The codec that a worker of this role encodes with.
+
+        Raises:
+            OptionError: the codec has no such role.
+        """
+        if role not in self.roles:
+            raise OptionError("role", str(role), [str(r) for r in self.roles])
+        return self
+
+    @abstractmethod
+    def max_nbytes(self, coordinates: int) -> int:
+        """Upper bound of `Encoded.nbytes` for a vector of this length."""
+
+    @abstractmethod
+    def _encode(self, x: NDArray[np.float32], address: Address, context: Context) -> Encoded:
+        """Encode; raises `_BadInput` where the vector cannot be encoded."""
+
+    @abstractmethod
+    def _index(self, encoded: Encoded) -> Any:
+        """Check all sections of a payload whose header is right; return what decoding needs, or raise PayloadError."""
+
+    @abstractmethod
+    def _accumulate(
+        self,
+        encoded: Encoded,
+        index: Any,
+        address: Address,
+        into: NDArray[np.float32],
+        weight: np.float32,
+        span: Span,
+        side: NDArray[np.float32] | None,
+    ) -> int:
+        """into += weight * decoded; return the number of failed tiles."""
+
+    def encode(
+        self,
+        x: Tensor,
+        address: Address,
+        context: Context | None = None,
+        *,
+        name: str | Callable[[int], str] = "update",
+    ) -> Encoded:
+        """Encode a vector.
+
+        Args:
+            x: 1-D float16, bfloat16, float32 or float64 tensor on any device; may be empty.
+            address: of x[0]'s dither.
+            context: what both ends know beside the message.
+            name: of the tensor in error messages, or a function from x's coordinate to that name.
+
+        Raises:
+            NonFiniteError: x holds NaN or infinity.
+            EncodingError: another dtype or shape, or values beyond what the format holds.
+        """
+        if x.dim() != 1 or x.dtype not in _DTYPES:
+            title = name if isinstance(name, str) else "update"
+            raise EncodingError(f"{title}: need a 1-D float tensor, got {x.dim()}-D {x.dtype}")
+        values = x.detach().to("cpu", torch.float32).contiguous().numpy()
+        try:
+            return self._encode(values, address, context or _EMPTY)
+        except BadInput as bad:
+            raise _explained(bad, x.detach(), values, name) from None
+
+    def validate(self, encoded: Encoded, coordinates: int | None = None, context: Context | None = None) -> None:
+        """Check a payload wholly: every size, every step, every exception, finiteness; memory is proportional to its bytes.
+
+        Args:
+            encoded: as received.
+            coordinates: the length that the vector must have.
+            context: that this end holds.
+
+        Raises:
+            PayloadError: it is not a payload of this codec with these options, of this length, or is malformed.
+            ContextMismatchError: it was encoded with another context.
+        """
+        if coordinates is not None and encoded.coordinates != coordinates:
+            raise PayloadError(f"payload has {encoded.coordinates} coordinates, expected {coordinates}", Reason.SIZE)
+        self._indexed(encoded, context)
+
+    def decode(
+        self,
+        encoded: Encoded,
+        address: Address,
+        span: Span | None = None,
+        side_information: Tensor | None = None,
+        context: Context | None = None,
+    ) -> Tensor:
+        """Decode all coordinates, or those of `span`: float32 of that length. Parameters and errors as `accumulate`."""
+        self._indexed(encoded, context)
+        lo, hi = self._checked_span(encoded, span)
+        into = torch.zeros(hi - lo, dtype=torch.float32)
+        self.accumulate(encoded, address, into, 1.0, span, side_information, context)
+        return into
+
+    def accumulate(
+        self,
+        encoded: Encoded,
+        address: Address,
+        into: Tensor,
+        weight: float,
+        span: Span | None = None,
+        side_information: Tensor | None = None,
+        context: Context | None = None,
+    ) -> DecodeReport:
+        """into += weight * decoded: multiply, then add, in float32; no temporary of the model's size.
+
+        Args:
+            encoded: checked at its first use.
+            address: the one it was encoded with.
+            into: contiguous float32 CPU tensor of the span's length; into[0] is coordinate span[0].
+            weight: rounded to float32 first.
+            span: (lo, hi), lo a multiple of `chunk_coordinates`, hi one too or the end; default all.
+            side_information: where the codec needs it, float32 of the span's length.
+            context: that this end holds.
+
+        Raises:
+            PayloadError, ContextMismatchError: as `validate`.
+            OptionError: a wrong span, or tensors that do not fit it.
+        """
+        index = self._indexed(encoded, context)
+        lo, hi = self._checked_span(encoded, span)
+        side = None
+        if self.needs_side_information:
+            if side_information is None:
+                raise OptionError("side_information", None, f"a tensor: {self.name} cannot be decoded without")
+            side = _vector(side_information, hi - lo, "side_information")
+        target = _vector(into, hi - lo, "into")
+        failed = self._accumulate(encoded, index, address, target, np.float32(weight), (lo, hi), side)
+        return DecodeReport(hi - lo, -(-(hi - lo) // TILE), failed)
+
+    def _header(self, coordinates: int, context: Context, exception_bytes: int = 0) -> Header:
+        return Header(FORMAT_VERSION, self.tag, 0, self.digest, context.check, exception_bytes, coordinates)
+
+    def _indexed(self, encoded: Encoded, context: Context | None) -> Any:
+        """The index of a payload, made once; see `validate` for the errors."""
+        header = encoded.header
+        if header.context != (context or _EMPTY).check:
+            raise ContextMismatchError("payload was encoded with another codec context")
+        known = encoded.index
+        if known is not None and (known[0] is self or known[0] == self):
+            return known[1]
+        if header.tag != self.tag:
+            raise PayloadError(f"payload was encoded by {encoded.codec}, not {self.name}")
+        if header.options != self.digest:
+            raise PayloadError(f"payload was encoded by {self.name} with other options than {self!r}")
+        index = self._index(encoded)
+        encoded.index = (self, index)
+        return index
+
+    def _checked_span(self, encoded: Encoded, span: Span | None) -> Span:
+        n = encoded.coordinates
+        if span is None:
+            return 0, n
+        lo, hi = span
+        unit = self.chunk_coordinates
+        if not 0 <= lo <= hi <= n or lo % unit or (hi % unit and hi != n):
+            raise OptionError("span", span, f"multiples of {unit} from 0 to {n}, or {n} as end")
+        return lo, hi
+
+
+class BadInput(Exception):  # noqa: N818 (never leaves this package)
+    """A kernel refused a vector: where the offending coordinates are, and what is wrong with them."""
+
+    def __init__(self, lo: int, hi: int, problem: str) -> None:
+        self.lo, self.hi, self.problem = lo, hi, problem
+        super().__init__(problem)
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _explained(bad: BadInput, x: Tensor, values: NDArray[np.float32], name: str | Callable[[int], str]) -> EncodingError:
+    """The error to raise, naming the tensor that holds the first bad coordinate."""
+    part = values[bad.lo : bad.hi]
+    worst = np.flatnonzero(~np.isfinite(part))
+    where = bad.lo + int(worst[0] if worst.size else np.argmax(np.abs(part)))
+    title = name if isinstance(name, str) else name(where)
+    value = float(x[where])
+    if not np.isfinite(value):
+        return NonFiniteError(f"{title}: coordinate {where} is {value}")
+    if worst.size:
+        return EncodingError(f"{title}: coordinate {where} is {value}, beyond the range of float32")
+    return EncodingError(f"{title}: coordinate {where} is {value}, {bad.problem}")
+
+
+def _vector(tensor: Tensor, length: int, what: str) -> NDArray[np.float32]:
+    """The tensor's memory, checked to be contiguous float32 of that length on the CPU."""
+    if tensor.dtype != torch.float32 or tensor.shape != (length,) or tensor.device.type != "cpu":
+        got = f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+        raise OptionError(what, got, f"a float32 CPU tensor of {length} coordinates")
+    if not tensor.is_contiguous():
+        raise OptionError(what, "strided", "a contiguous tensor")
+    return tensor.detach().numpy()

@@ -1,0 +1,58 @@
+"""Commands that belong to neither end: local, status, bench."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from ditherps import options
+from ditherps.bench.commands import bench
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command()(local)
+    app.command()(status)
+    app.add_typer(bench, name="bench")
+
+
+def local(
+    task: options.Task = None,
+    model: options.Model = None,
+    workers: options.Workers = None,
+    rounds: options.Rounds = None,
+    codec: options.CodecName = None,
+    codec_option: options.CodecOptions = None,
+    mode: options.Mode = None,
+    seed: options.Seed = None,
+    set_: options.Set = None,
+    config: options.Config = None,
+    data_dir: options.DataDir = None,
+    run_dir: options.RunDir = None,
+    json_: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Train on this machine: a server and its workers, each a process of its own."""
+    from ditherps.job import resolve_job
+    from ditherps.local import run_local
+
+    flags = options.job_flags(task, model, workers, rounds, codec, codec_option, mode, seed, set_)
+    job = resolve_job(flags, config).config
+    folder = run_dir or options.default_run_dir(job.task, job.codec)
+    result, exit_code = run_local(job, folder, data_dir, verbose=verbose)
+    if json_ and result is not None:
+        print(json.dumps(result), flush=True)
+    raise typer.Exit(exit_code)
+
+
+def status(
+    server: Annotated[str, typer.Argument(help="HOST:PORT of the server.")] = "127.0.0.1:50051",
+    json_: options.Json = False,
+) -> None:
+    """What a server does, and what it waits for."""
+    from ditherps.status import fetch_status, print_status
+
+    response = fetch_status(server)
+    print_status(response, as_json=json_)

@@ -1,0 +1,269 @@
+"""Configuration: one model per component, checked by name, merged from flags, job file, task recipe and defaults.
+
+Precedence: flags (and the environment variables that stand for them) beat the job file, the job file beats the task's
+recipe, the recipe beats the defaults.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ditherps.errors import OptionError, UserError
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+WORKER_NAME = re.compile(r"[a-z0-9][a-z0-9._/-]{0,62}")
+Seconds = Annotated[float, Field(gt=0, le=7 * 86_400)]
+
+
+class OptimizerConfig(_Config):
+    """The server's optimizer: a class of torch.optim over the flat vector."""
+
+    name: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = Field(0.1, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """SGD only."""
+    nesterov: bool = False
+    """SGD only."""
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam and AdamW only."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam and AdamW only."""
+
+
+class ScheduleConfig(_Config):
+    """Learning-rate schedule over rounds: a class of torch.optim.lr_scheduler."""
+
+    name: Literal["constant", "cosine", "step", "exponential"] = "constant"
+    final_fraction: float = Field(0.0, ge=0, le=1)
+    """cosine: the last learning rate, as a fraction of the first."""
+    step_rounds: int = Field(100, ge=1)
+    """step: rounds between two decays."""
+    gamma: float = Field(0.9, gt=0, le=1)
+    """step and exponential: factor of each decay."""
+
+
+class LocalConfig(_Config):
+    """Mode `local`: what a worker does between two rounds."""
+
+    steps: int = Field(10, ge=1)
+    lr: float = Field(0.05, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+
+
+class SplitConfig(_Config):
+    """How the training samples are dealt to the workers."""
+
+    kind: Literal["iid", "dirichlet", "key"] = "iid"
+    alpha: float = Field(0.3, gt=0)
+    """dirichlet: the smaller, the more a worker's labels differ from the others'."""
+
+
+class JobConfig(_Config):
+    """Everything that a run is a function of, besides the data and who took part."""
+
+    task: str = "digits"
+    """A built-in task, or `module:attribute`."""
+    model: str = ""
+    """One of the task's models; empty: its default."""
+    workers: int = Field(4, ge=1, le=100_000)
+    members: tuple[str, ...] = ()
+    """Names of the workers, in the order of their index; empty: worker-0, worker-1, ..."""
+    rounds: int = Field(300, ge=1, lt=2**32)
+    mode: Literal["gradient", "local"] = "gradient"
+    codec: str = "ndqsg"
+    codec_options: dict[str, Any] = Field(default_factory=dict)
+    seed: int = Field(1, ge=0, lt=2**64)
+    batch_size: int = Field(32, ge=1)
+    """Samples of a worker in one step."""
+    local: LocalConfig = LocalConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    split: SplitConfig = SplitConfig()
+    evaluate_every: int = Field(0, ge=0)
+    """Rounds between two evaluations; 0: about 30 in a run."""
+    evaluator: Literal["auto", "server", "worker"] = "auto"
+    """`auto`: the server where it has test data, else the lowest worker present."""
+    compute_threads: int = Field(1, ge=1, le=256)
+    """Threads of torch in a worker: its results depend on them."""
+    quorum: float = Field(1.0, gt=0, le=1)
+    """Share of each role's workers without whose contributions a round is not closed."""
+    join_timeout_seconds: Seconds = 120.0
+    """How long the server waits for workers before a round can open."""
+    round_deadline_seconds: Seconds = 600.0
+    """How long a round waits for contributions."""
+    idle_timeout_seconds: Seconds = 60.0
+    """How long either end stays silent before it is taken for gone."""
+    nested_failure_limit: float = Field(0.05, ge=0, le=1)
+    """Share of failed nested tiles above which the run warns."""
+    staging_bytes: int = Field(4 << 30, ge=1)
+    """Most bytes of contributions that the server holds at once."""
+
+    @model_validator(mode="after")
+    def _members_named(self) -> JobConfig:
+        if self.members and len(set(self.members)) != self.workers:
+            raise ValueError(f"members names {len(set(self.members))} workers, but workers = {self.workers}")
+        for name in self.members:
+            if not WORKER_NAME.fullmatch(name):
+                raise ValueError(f"members: {name!r} is not a worker name; allowed: {WORKER_NAME.pattern}")
+        return self
+
+    @model_validator(mode="after")
+    def _timeouts_in_order(self) -> JobConfig:
+        if self.idle_timeout_seconds > self.round_deadline_seconds:
+            raise ValueError(
+                f"idle_timeout_seconds = {self.idle_timeout_seconds:g} must not exceed round_deadline_seconds = "
+                f"{self.round_deadline_seconds:g}: a silent worker would hold every round to its deadline"
+            )
+        return self
+
+    @property
+    def member_table(self) -> tuple[str, ...]:
+        """Names of the workers: a worker's index is the position of its name."""
+        return self.members or tuple(f"worker-{index}" for index in range(self.workers))
+
+    @property
+    def evaluation_interval(self) -> int:
+        """Rounds between two evaluations."""
+        return self.evaluate_every or max(1, self.rounds // 30)
+
+
+class ServerConfig(_Config):
+    """Where a server listens and what it leaves behind; nothing here changes a run's result."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(50051, ge=0, le=65535)
+    """0: any free port."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = Field(9464, ge=-1, le=65535)
+    """0: any free port; -1: none."""
+    run_dir: Path
+    data_dir: Path | None = None
+    init: Path | None = None
+    """A safetensors file with the first parameters (and buffers)."""
+    threads: int = Field(0, ge=0, le=1024)
+    """Threads that decode; 0: as many as cores."""
+    heartbeat_seconds: Seconds = 5.0
+    insecure: bool = False
+    """Allow plaintext beyond this machine."""
+    reflection: bool = False
+
+
+class WorkerConfig(_Config):
+    """One worker: whom it talks to, what it computes on."""
+
+    server: str = "127.0.0.1:50051"
+    name: str = Field("", pattern=r"^([a-z0-9][a-z0-9._/-]{0,62})?$")
+    """A name of the job's member table; empty: the lowest that is free."""
+    task: str = ""
+    """Empty: the built-in task that the server's job names. A `module:attribute` is only taken from here."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    data_dir: Path | None = None
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = Field(-1, ge=-1, le=65535)
+    """0: any free port; -1: none."""
+    connect_timeout_seconds: Seconds = 60.0
+    max_model_bytes: int = Field(16 << 30, ge=1)
+    insecure: bool = False
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validated(model: type[Model], values: Mapping[str, Any]) -> Model:
+    """`values` as a `model`; raises `OptionError` with the first wrong option's name, its value and what is allowed."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise option_error(error, allowed_options=model) from None
+
+
+def option_error(
+    error: ValidationError, *, allowed_options: type[BaseModel] | None = None, prefix: str = ""
+) -> UserError:
+    """The first mistake that pydantic found, as one line."""
+    first = error.errors(include_url=False)[0]
+    name = prefix + ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        allowed = sorted(_fields_at(allowed_options, first["loc"][:-1])) if allowed_options else []
+        return OptionError(name, first["input"], allowed or "no such option")
+    if not first["loc"]:
+        return UserError(str(first["msg"]).removeprefix("Value error, "))
+    message = str(first["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    return OptionError(name, first["input"], message)
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> Sequence[str]:
+    for part in path:
+        inner = model.model_fields[str(part)].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """One nested mapping of all layers; the later beats the earlier, table by table.
+
+    A layer that changes a table's `name` (another optimizer, another schedule) drops what earlier layers said there.
+    """
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            old = result.get(key)
+            if isinstance(value, Mapping) and isinstance(old, dict):
+                renamed = "name" in value and value["name"] != old.get("name")
+                result[key] = merged({} if renamed else old, value)
+            else:
+                result[key] = merged(value) if isinstance(value, Mapping) else value
+    return result
+
+
+def read_job_file(path: Path) -> dict[str, Any]:
+    """The tables of a TOML job file; raises `UserError` if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise UserError(f"job file {path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"job file {path} cannot be read: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"job file {path} is not valid TOML: {error}") from None
+
+
+def assignments(items: Sequence[str], option: str) -> dict[str, Any]:
+    """Nested mapping of `NAME=VALUE` items; dots in a name go into tables; raises `OptionError` on another form.
+
+    Values are read as TOML where they are (numbers, booleans, lists), else taken as text.
+    """
+    result: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals or not all(name.split(".")):
+            raise OptionError(option, item, "NAME=VALUE")
+        table: dict[str, Any] = {}
+        inner = table
+        *path, last = name.split(".")
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = _value(text)
+        result = merged(result, table)
+    return result
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text

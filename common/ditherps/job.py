@@ -1,0 +1,59 @@
+"""Flags, job file and task recipe -> one checked job, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditherps.codecs import codec as make_codec
+from ditherps.config import JobConfig, merged, read_job_file, validated
+from ditherps.tasks import Recipe, Task, load_task
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedJob:
+    """A job that has been checked, its task, and the job file's tables for the server and the worker."""
+
+    config: JobConfig
+    task: Task
+    server: Mapping[str, Any]
+    worker: Mapping[str, Any]
+
+
+def resolve_job(flags: Mapping[str, Any], path: Path | None = None) -> ResolvedJob:
+    """The job of `flags` (nested; None means not given) over the job file at `path` over the task's recipe.
+
+    Raises `OptionError` with the name of the first wrong option, `UserError` if the file or the task cannot be read.
+    """
+    file = read_job_file(path) if path is not None else {}
+    server, worker = file.pop("server", {}), file.pop("worker", {})
+    given = {key: value for key, value in flags.items() if value is not None}
+    if "codec" in given and given["codec"] != file.get("codec", given["codec"]):
+        file.pop("codec_options", None)  # they are another codec's
+    asked = merged(file, given)
+    task = load_task(str(asked.get("task", JobConfig.model_fields["task"].default)))
+    recipe = task.recipe(asked.get("model") or None)
+    job = validated(JobConfig, merged(_defaults(recipe, asked), asked))
+    make_codec(job.codec, **job.codec_options)
+    return ResolvedJob(job, task, server, worker)
+
+
+def _defaults(recipe: Recipe, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What the recipe says, for the mode that is asked for."""
+    if asked.get("mode") != "local":
+        return {
+            "rounds": recipe.rounds, "batch_size": recipe.batch_size,
+            "optimizer": dict(recipe.optimizer), "schedule": dict(recipe.schedule),
+        }  # fmt: skip
+    # Federated averaging: the recipe's steps are taken at the workers, the server takes the mean of what they reach.
+    local = asked.get("local", {})
+    steps = local.get("steps", 10) if isinstance(local, Mapping) else 10
+    return {
+        "rounds": max(1, recipe.rounds // steps) if isinstance(steps, int) and steps > 0 else recipe.rounds,
+        "batch_size": recipe.batch_size,
+        "optimizer": {"name": "sgd", "lr": 1.0},
+        "schedule": {"name": "constant"},
+        "local": {"lr": recipe.optimizer["lr"]},
+    }

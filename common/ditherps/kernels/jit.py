@@ -1,0 +1,28 @@
+"""The decorators of all CPU kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import numba
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def kernel(function: F) -> F:
+    """Compile with numba: no GIL, cached on disk, IEEE arithmetic (no fastmath, so never a fused multiply-add).
+
+    Compilation happens at the first call, for the argument types of that call; callers always pass the same types.
+    Where numba finds no writable place for its cache (a read-only container) the kernel is compiled in each process.
+    """
+    try:
+        compiled = numba.njit(function, nogil=True, cache=True, error_model="numpy")
+    except RuntimeError:
+        compiled = numba.njit(function, nogil=True, error_model="numpy")
+    return cast(F, compiled)
+
+
+def inlined(function: F) -> F:
+    """A helper that is copied into each kernel that calls it, so that LLVM can vectorise around it."""
+    return cast(F, numba.njit(function, inline="always", error_model="numpy"))

@@ -1,0 +1,93 @@
+"""Numba kernels of the dither stream: Philox4x32-10 (Salmon et al. 2011), addressed as design contract 1 says.
+
+A `Stream` is what the kernels need of an address: `(key0, key1, c1, c2, c3, start)`, all Python integers.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditherps.kernels.jit import inlined, kernel
+
+Stream: TypeAlias = tuple[int, int, int, int, int, int]
+
+TILE = 4096  # coordinates a dither tile holds: 512 counters of eight 16-bit lanes
+COLUMNS = TILE // 8
+
+_LOW = np.uint64(0xFFFFFFFF)
+_M0 = np.uint64(0xD2511F53)
+_M1 = np.uint64(0xCD9E8D57)
+_W0 = np.uint64(0x9E3779B9)
+_W1 = np.uint64(0xBB67AE85)
+_16 = np.uint64(16)
+_32 = np.uint64(32)
+
+
+@inlined
+def _philox(stream: Stream, c0: np.uint64) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
+    """The four output words for counter word `c0`, each in the low half of 64 bits; the upper halves are junk.
+
+    All words stand in 64 bits and each product masks what it reads, so that one multiplication yields both halves.
+    """
+    x0, x1, x2, x3 = c0, np.uint64(stream[2]), np.uint64(stream[3]), np.uint64(stream[4])
+    k0 = np.uint64(stream[0])
+    k1 = np.uint64(stream[1])
+    for _ in range(10):
+        p0 = (x0 & _LOW) * _M0
+        p1 = (x2 & _LOW) * _M1
+        x0 = (p1 >> _32) ^ x1 ^ k0
+        x1 = p1
+        x2 = (p0 >> _32) ^ x3 ^ k1
+        x3 = p0
+        k0 = (k0 + _W0) & _LOW
+        k1 = (k1 + _W1) & _LOW
+    return x0, x1, x2, x3
+
+
+@kernel
+def philox_tile(stream: Stream, tile: int, out: NDArray[np.uint16]) -> None:
+    """Write the 4096 lanes of dither tile `tile` to `out[:4096]`."""
+    first = np.uint64(tile) * np.uint64(COLUMNS)
+    for column in range(COLUMNS):
+        w0, w1, w2, w3 = _philox(stream, first + np.uint64(column))
+        out[column] = np.uint16(w0)
+        out[column + COLUMNS] = np.uint16(w0 >> _16)
+        out[column + 2 * COLUMNS] = np.uint16(w1)
+        out[column + 3 * COLUMNS] = np.uint16(w1 >> _16)
+        out[column + 4 * COLUMNS] = np.uint16(w2)
+        out[column + 5 * COLUMNS] = np.uint16(w2 >> _16)
+        out[column + 6 * COLUMNS] = np.uint16(w3)
+        out[column + 7 * COLUMNS] = np.uint16(w3 >> _16)
+
+
+@kernel
+def fill_lanes(stream: Stream, offset: int, count: int, out: NDArray[np.uint16], scratch: NDArray[np.uint16]) -> None:
+    """Write the lanes of flat coordinates `start + offset ...` to `out[:count]`; `scratch` has room for one tile."""
+    position = stream[5] + offset
+    done = 0
+    while done < count:
+        tile = position // TILE
+        inside = position - tile * TILE
+        n = min(TILE - inside, count - done)
+        if n == TILE:
+            philox_tile(stream, tile, out[done : done + TILE])
+        else:
+            philox_tile(stream, tile, scratch)
+            for i in range(n):
+                out[done + i] = scratch[inside + i]
+        position += n
+        done += n
+
+
+@kernel
+def lanes_random(stream: Stream, positions: NDArray[np.int64], out: NDArray[np.uint16]) -> None:
+    """Write the lane of flat coordinate `start + positions[i]` to `out[i]`, each computed from its address alone."""
+    for i in range(positions.size):
+        position = stream[5] + positions[i]
+        inside = position % TILE
+        words = _philox(stream, np.uint64(position // TILE * COLUMNS + inside % COLUMNS))
+        lane = inside // COLUMNS
+        out[i] = np.uint16(words[lane // 2] >> np.uint64(16 * (lane % 2)))

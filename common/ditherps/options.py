@@ -1,0 +1,115 @@
+"""Options that several commands share, each declared once: flag, environment variable, help."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ditherps.config import assignments, merged
+
+JOB, RUN = "Job", "This machine"
+
+
+def _option(*flags: str, env: str, text: str, panel: str = JOB) -> typer.models.OptionInfo:
+    info = typer.Option(*flags, envvar=f"DITHERPS_{env}", help=text, rich_help_panel=panel, show_default=False)
+    assert isinstance(info, typer.models.OptionInfo)
+    return info
+
+
+Task = Annotated[
+    str | None,
+    _option("--task", env="TASK", text="digits, mnist, fashion-mnist, cifar10, or your own module:attribute [digits]."),
+]
+Model = Annotated[str | None, _option("--model", env="MODEL", text="One of the task's models [its first].")]
+Workers = Annotated[int | None, _option("--workers", "-w", env="WORKERS", text="Workers that take part [4].")]
+Rounds = Annotated[int | None, _option("--rounds", "-r", env="ROUNDS", text="Rounds [as the task's recipe says].")]
+CodecName = Annotated[str | None, _option("--codec", "-c", env="CODEC", text="none, bf16, dqsg or ndqsg [ndqsg].")]
+CodecOptions = Annotated[
+    list[str] | None,
+    _option("--codec-option", "-o", env="CODEC_OPTION", text="NAME=VALUE, repeatable: levels, step, bucket, ..."),
+]
+Mode = Annotated[
+    str | None,
+    _option("--mode", env="MODE", text="gradient: one batch a round; local: several local steps a round [gradient]."),
+]
+Seed = Annotated[int | None, _option("--seed", env="SEED", text="Seed of everything random, dither included [1].")]
+Set = Annotated[
+    list[str] | None,
+    _option("--set", env="SET", text="NAME=VALUE, repeatable: any option of the job file, as in optimizer.lr=0.1."),
+]
+Config = Annotated[
+    Path | None, _option("--config", env="CONFIG", text="Job file (TOML); flags and environment beat it.")
+]
+DataDir = Annotated[
+    Path | None, _option("--data-dir", env="DATA", text="Where datasets are, or are downloaded to.", panel=RUN)
+]
+RunDir = Annotated[
+    Path | None, _option("--run-dir", env="RUN_DIR", text="Folder for records, model and plots [below runs/].",
+                         panel=RUN)
+]  # fmt: skip
+Host = Annotated[str | None, _option("--host", env="HOST", text="Address to listen on [127.0.0.1].", panel=RUN)]
+Port = Annotated[int | None, _option("--port", env="PORT", text="Port; 0: any free one [50051].", panel=RUN)]
+MetricsHost = Annotated[
+    str | None, _option("--metrics-host", env="METRICS_HOST", text="Address of /metrics [127.0.0.1].", panel=RUN)
+]
+MetricsPort = Annotated[
+    int | None,
+    _option(
+        "--metrics-port",
+        env="METRICS_PORT",
+        text="Port of /metrics; 0: any, -1: none [server 9464, worker -1].",
+        panel=RUN,
+    ),
+]
+Init = Annotated[Path | None, _option("--init", env="INIT", text="First parameters, as safetensors.", panel=RUN)]
+Insecure = Annotated[
+    bool | None,
+    _option("--insecure", env="INSECURE", text="Allow plaintext beyond this machine.", panel=RUN),
+]
+Reflection = Annotated[bool | None, _option("--reflection", env="REFLECTION", text="Serve gRPC reflection.", panel=RUN)]
+Server = Annotated[
+    str | None, _option("--server", "-s", env="SERVER", text="HOST:PORT of the server [127.0.0.1:50051].", panel=RUN)
+]
+Name = Annotated[
+    str | None,
+    _option("--name", "-n", env="NAME", text="This worker's name, such as worker-0 [the lowest free].", panel=RUN),
+]
+Device = Annotated[str | None, _option("--device", env="DEVICE", text="auto, cpu, or cuda:N [auto].", panel=RUN)]
+Json = Annotated[
+    bool, _option("--json", env="JSON", text="Print the result as one JSON object, the last line of output.", panel=RUN)
+]
+Verbose = Annotated[bool, _option("--verbose", "-v", env="VERBOSE", text="Log more.", panel=RUN)]
+
+
+def job_flags(
+    task: str | None,
+    model: str | None,
+    workers: int | None,
+    rounds: int | None,
+    codec: str | None,
+    codec_option: list[str] | None,
+    mode: str | None,
+    seed: int | None,
+    set_: list[str] | None,
+) -> dict[str, Any]:
+    """The job as the command line gives it, nested as in a job file; None where nothing was said.
+
+    Raises `OptionError` for what is not NAME=VALUE.
+    """
+    named = {
+        "task": task, "model": model, "workers": workers, "rounds": rounds, "codec": codec, "mode": mode, "seed": seed,
+        "codec_options": assignments(codec_option or [], "--codec-option") or None,
+    }  # fmt: skip
+    return merged(assignments(set_ or [], "--set"), {key: value for key, value in named.items() if value is not None})
+
+
+def default_run_dir(task: str, codec: str) -> Path:
+    """A new folder below `runs/`, named by what it holds and when."""
+    stem = f"{task.replace(':', '.')}-{codec}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, number = Path("runs") / stem, 2
+    while path.exists():
+        path, number = Path("runs") / f"{stem}-{number}", number + 1
+    return path

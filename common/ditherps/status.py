@@ -1,0 +1,52 @@
+"""Ask a server what it does."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf.json_format import MessageToJson
+from rich.console import Console
+from rich.table import Table
+
+from ditherps import wire
+from ditherps.errors import UnreachableError
+from ditherps.v1 import parameter_server_pb2 as pb
+from ditherps.v1 import types_pb2
+from ditherps.view import bits
+
+STATUS_SECONDS = 5.0
+
+
+def fetch_status(server: str) -> pb.StatusResponse:
+    """The state of the server at `server` (HOST:PORT); raises `UnreachableError` if it does not answer."""
+    with grpc.insecure_channel(server, options=wire.CHANNEL_OPTIONS) as channel:
+        try:
+            response = wire.Stub(channel, wire.WireMeter()).Status(pb.StatusRequest(), timeout=STATUS_SECONDS)
+        except grpc.RpcError as error:
+            detail = error.details() if isinstance(error, grpc.Call) else error
+            raise UnreachableError(f"no ditherps server answers at {server}: {detail}") from None
+    assert isinstance(response, pb.StatusResponse)
+    return response
+
+
+def print_status(status: pb.StatusResponse, *, as_json: bool) -> None:
+    """Print a state: a sentence and a table, or one JSON object."""
+    if as_json:
+        print(
+            MessageToJson(
+                status, indent=None, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+            )
+        )
+        return
+    console = Console()
+    phase = types_pb2.Phase.Name(status.phase).removeprefix("PHASE_").lower()
+    console.print(
+        f"[b]{status.task}[/b] with [b]{status.codec}[/b]: round {status.round} of {status.rounds}, {phase}; "
+        f"waits {status.waiting_seconds:.1f} s for {status.waiting_for}"
+    )
+    console.print(
+        f"up {bits(status.uplink_bytes)}, down {bits(status.downlink_bytes)}, up for {status.uptime_seconds:.0f} s"
+    )
+    table = Table("index", "worker", "state", "last seen")
+    for member in status.members:
+        table.add_row(str(member.index), member.worker, member.state, f"{member.last_seen_seconds:.1f} s ago")
+    console.print(table)

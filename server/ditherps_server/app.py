@@ -1,0 +1,210 @@
+"""Starts a server, runs one job, and stops: gRPC, health, metrics, signals, the run folder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import os
+import secrets
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+import ditherps
+from ditherps import kernels, wire
+from ditherps.codecs import Codec, Role
+from ditherps.config import JobConfig, ServerConfig
+from ditherps.errors import OptionError, Reason, RunFailedError, UserError
+from ditherps.metrics import ServerMetrics
+from ditherps.network import is_loopback
+from ditherps.tasks import Task
+from ditherps.wire import Traffic
+from ditherps_server.coordinator import Coordinator
+from ditherps_server.evaluation import Evaluator
+from ditherps_server.interceptor import ErrorInterceptor
+from ditherps_server.members import Members
+from ditherps_server.model import ServerModel
+from ditherps_server.records import Recorder, RunResult
+from ditherps_server.rounds import Rules
+from ditherps_server.service import ParameterServerService
+from ditherps_server.updater import Updater
+
+log = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 5.0
+
+
+async def serve(
+    job: JobConfig, config: ServerConfig, task: Task, on_round: Callable[[dict[str, Any]], None] | None = None
+) -> RunResult:
+    """Serve one job until it is over, and return its result.
+
+    `on_round` gets each record of `rounds.jsonl`. Raises `UserError` for what a person has to change before anything
+    starts, and `RunFailedError` when the run ends without its result (what there is of it is written all the same).
+    """
+    codec = ditherps.codec(job.codec, **job.codec_options)
+    model = ServerModel(task.build(job.model or None, job.seed))
+    if config.init is not None:
+        model.load(config.init)
+    threads = config.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    updater = Updater(model, job, codec, pool)
+    _check_staging(job, codec, updater)
+    evaluator = None
+    if job.evaluator != "worker":
+        must = job.evaluator == "server"
+        evaluator = Evaluator.where_possible(task, job.model or None, config.data_dir, must=must)
+    for role in codec.roles:
+        kernels.warm(codec.for_role(role))
+
+    recorder = Recorder(config.run_dir, listeners=[on_round] if on_round else [])
+    metrics, meter = ServerMetrics(ditherps.__version__), wire.WireMeter()
+    metrics_port = metrics.serve(config.metrics_host, config.metrics_port) if config.metrics_port >= 0 else None
+    job_id, epoch = secrets.token_hex(8), 1
+    coordinator = Coordinator(
+        job, rules_of(job, codec, server_evaluates=evaluator is not None), model, updater, evaluator,
+        Members(job.member_table, job_id, epoch), recorder, metrics, meter,
+    )  # fmt: skip
+    interceptor = ErrorInterceptor(meter, lambda reason: metrics.refused_rpcs.labels(reason.value).inc())
+    server = grpc.aio.server(options=wire.SERVER_OPTIONS, interceptors=[interceptor])
+    service = ParameterServerService(coordinator, job_id, config.heartbeat_seconds)
+    server.add_generic_rpc_handlers((wire.service_handler(service, meter),))
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    if config.reflection:
+        _add_reflection(server)
+    port = _bind(server, config)
+    recorder.start(job)
+    await server.start()
+    for name in ("", wire.SERVICE.full_name):
+        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    address = f"{config.host}:{port}"
+    _announce(config.run_dir, {"address": address, "metrics_port": metrics_port, "pid": os.getpid(), "job_id": job_id})
+    log.info("listening on %s for %d workers; run folder %s", address, job.workers, config.run_dir)
+
+    _stop_on_signals(coordinator)
+    try:
+        reason = await coordinator.run()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                await coordinator.drained()
+    finally:
+        await health_servicer.enter_graceful_shutdown()
+        await server.stop(1.0)
+        pool.shutdown(cancel_futures=True)
+    result = _result(job, config, coordinator, meter.traffic, reason)
+    model.save(config.run_dir / "model.safetensors")
+    recorder.finish(result)
+    if reason is not Reason.FINISHED:
+        raise RunFailedError(
+            reason, f"the run ended at round {model.version} of {job.rounds}: {_EXPLAINED.get(reason, reason)}"
+        )
+    return result
+
+
+_EXPLAINED = {
+    Reason.JOIN_TIMEOUT: "too few workers came within join_timeout_seconds",
+    Reason.QUORUM: "rounds were abandoned for want of a quorum at their deadline",
+    Reason.INTERRUPTED: "interrupted",
+    Reason.NO_SIDE_INFORMATION: "no source delivered, so nested contributions could not be decoded",
+}
+
+
+def rules_of(job: JobConfig, codec: Codec, *, server_evaluates: bool) -> Rules:
+    """The rounds' rules as the job says them."""
+    nested = Role.NESTED in codec.roles
+    return Rules(
+        workers=job.workers,
+        rounds=job.rounds,
+        join_timeout_seconds=job.join_timeout_seconds,
+        round_deadline_seconds=job.round_deadline_seconds,
+        idle_timeout_seconds=job.idle_timeout_seconds,
+        quorum=job.quorum,
+        source_fraction=float(getattr(codec.options, "side_fraction", 1.0)) if nested else 1.0,
+        evaluation_interval=job.evaluation_interval,
+        server_evaluates=server_evaluates,
+    )
+
+
+def _check_staging(job: JobConfig, codec: Codec, updater: Updater) -> None:
+    largest = max(updater.largest_update_bytes(role) for role in codec.roles)
+    if job.workers * largest > job.staging_bytes:
+        raise OptionError(
+            "staging_bytes", job.staging_bytes,
+            f"at least {job.workers * largest}: {job.workers} workers times {largest} bytes, the largest contribution",
+        )  # fmt: skip
+
+
+def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
+    if not config.insecure and not is_loopback(config.host):
+        raise UserError(f"--host {config.host} would serve plaintext beyond this machine; say --insecure to allow it")
+    if not is_loopback(config.host):
+        log.warning("INSECURE: plaintext and without authentication on %s:%d", config.host, config.port)
+    try:
+        return server.add_insecure_port(f"{config.host}:{config.port}")
+    except RuntimeError:
+        raise UserError(
+            f"cannot listen on {config.host}:{config.port}: is the port taken? choose another --port"
+        ) from None
+
+
+def _add_reflection(server: grpc.aio.Server) -> None:
+    try:
+        from grpc_reflection.v1alpha import reflection
+    except ImportError:
+        raise UserError("--reflection needs another package: pip install 'ditherps[reflection]'") from None
+    reflection.enable_server_reflection((wire.SERVICE.full_name, reflection.SERVICE_NAME), server)
+
+
+def _announce(run_dir: Path, values: dict[str, Any]) -> None:
+    """Write where the server is, all at once: who waits for the file never reads half of it."""
+    unfinished = run_dir / "server.json.part"
+    unfinished.write_text(json.dumps(values) + "\n")
+    unfinished.replace(run_dir / "server.json")
+
+
+def _stop_on_signals(coordinator: Coordinator) -> None:
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        coordinator.stop(Reason.INTERRUPTED)
+        for name in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(name)  # a second signal ends at once
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(name, stop)
+
+
+def _result(
+    job: JobConfig, config: ServerConfig, coordinator: Coordinator, traffic: Traffic, reason: Reason
+) -> RunResult:
+    totals, evaluation, model = coordinator.totals, coordinator.last_evaluation, coordinator.model
+    sent = totals.contributions * model.layout.coordinates
+    bits = 8 * traffic.uplink_bytes / sent if sent else None
+    kbit = 8e-3 * traffic.uplink_bytes / totals.contributions if sent else None
+    seconds = totals.finished - totals.first_opened
+    return RunResult(
+        task=job.task, model=job.model, codec=job.codec, codec_options=job.codec_options, mode=job.mode,
+        workers=job.workers, rounds=model.version, seed=job.seed, reason=reason.value,
+        seconds=seconds if math.isfinite(seconds) else 0.0,
+        test_accuracy=evaluation.accuracy if evaluation else None, test_loss=evaluation.loss if evaluation else None,
+        parameters=model.layout.coordinates, contributions=totals.contributions,
+        uplink_bytes=traffic.uplink_bytes, downlink_bytes=traffic.downlink_bytes,
+        total_bytes=traffic.uplink_bytes + traffic.downlink_bytes,
+        uplink_payload_bytes=totals.uplink_payload_bytes, downlink_payload_bytes=totals.downlink_payload_bytes,
+        uplink_bits_per_coordinate=bits,
+        uplink_kbit_per_worker_round=kbit,
+        compression_vs_float32=32 / bits if bits else None,
+        nested_tiles=totals.nested_tiles, nested_failed_tiles=totals.nested_failed_tiles,
+        model_sha256=coordinator.model_sha256, run_dir=str(config.run_dir),
+    )  # fmt: skip

@@ -1,0 +1,60 @@
+"""`ditherps server`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+
+from ditherps import options
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(server)
+
+
+def server(
+    task: options.Task = None,
+    model: options.Model = None,
+    workers: options.Workers = None,
+    rounds: options.Rounds = None,
+    codec: options.CodecName = None,
+    codec_option: options.CodecOptions = None,
+    mode: options.Mode = None,
+    seed: options.Seed = None,
+    set_: options.Set = None,
+    config: options.Config = None,
+    data_dir: options.DataDir = None,
+    run_dir: options.RunDir = None,
+    host: options.Host = None,
+    port: options.Port = None,
+    metrics_host: options.MetricsHost = None,
+    metrics_port: options.MetricsPort = None,
+    init: options.Init = None,
+    insecure: options.Insecure = None,
+    reflection: options.Reflection = None,
+    json_: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Serve one job: wait for its workers, train, and leave the model in the run folder."""
+    from ditherps.cli import log_to_stderr
+    from ditherps.config import ServerConfig, merged, validated
+    from ditherps.job import resolve_job
+
+    job = resolve_job(options.job_flags(task, model, workers, rounds, codec, codec_option, mode, seed, set_), config)
+    given: dict[str, Any] = {
+        "run_dir": run_dir, "data_dir": data_dir, "host": host, "port": port, "metrics_host": metrics_host,
+        "metrics_port": metrics_port, "init": init, "insecure": insecure, "reflection": reflection,
+    }  # fmt: skip
+    defaults = {"run_dir": options.default_run_dir(job.config.task, job.config.codec)}
+    flags = {key: value for key, value in given.items() if value is not None}
+    settings = validated(ServerConfig, merged(defaults, job.server, flags))
+    log_to_stderr(verbose=verbose)
+
+    from ditherps_server.run import run_server
+
+    result = run_server(job.config, settings, job.task)
+    if json_:
+        print(json.dumps(result), flush=True)

@@ -1,0 +1,434 @@
+"""Drives the round's state machine: feeds it events, does what it asks for, tells the workers.
+
+Everything here runs on the event loop, except what `Updater` and `Evaluator` compute in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from ditherps.codecs import Role
+from ditherps.config import JobConfig
+from ditherps.errors import DitherpsError, PayloadError, Reason, RefusedError, RunFailedError
+from ditherps.metrics import DOWN, UP, ServerMetrics
+from ditherps.v1 import parameter_server_pb2 as pb
+from ditherps.v1 import types_pb2
+from ditherps.wire import Traffic, WireMeter
+from ditherps_server import rounds
+from ditherps_server.evaluation import Evaluation, Evaluator
+from ditherps_server.members import Members, Session
+from ditherps_server.model import ServerModel
+from ditherps_server.records import Recorder, RoundRecord
+from ditherps_server.rounds import Phase, Plan, Rules
+from ditherps_server.staging import Announcement, Contribution, Staging
+from ditherps_server.updater import Updater, UpdateReport
+from ditherps_server.watch import Watchers
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.25
+_ROLES = {Role.SOURCE: types_pb2.ROLE_SOURCE, Role.NESTED: types_pb2.ROLE_NESTED}
+_PHASES = {
+    Phase.WAITING: types_pb2.PHASE_WAITING,
+    Phase.OPEN: types_pb2.PHASE_OPEN,
+    Phase.CLOSING: types_pb2.PHASE_CLOSING,
+    Phase.FINISHED: types_pb2.PHASE_FINISHED,
+}
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a run adds up to."""
+
+    first_opened: float = math.nan
+    finished: float = math.nan
+    contributions: int = 0
+    uplink_payload_bytes: int = 0
+    downlink_payload_bytes: int = 0
+    nested_tiles: int = 0
+    nested_failed_tiles: int = 0
+
+
+class Coordinator:
+    """One job: its members, its rounds, its model."""
+
+    def __init__(
+        self,
+        job: JobConfig,
+        rules: Rules,
+        model: ServerModel,
+        updater: Updater,
+        evaluator: Evaluator | None,
+        members: Members,
+        recorder: Recorder,
+        metrics: ServerMetrics,
+        meter: WireMeter,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.job, self.model, self.members, self.totals = job, model, members, Totals()
+        self.last_evaluation: Evaluation | None = None
+        self.model_sha256 = ""
+        self._rules, self._updater, self._evaluator = rules, updater, evaluator
+        self._recorder, self._metrics, self._meter, self._clock = recorder, metrics, meter, clock
+        self._state = rounds.State(since=clock())
+        self._staging = Staging(job.staging_bytes)
+        self._watchers = Watchers()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._finished: asyncio.Future[Reason] = asyncio.get_running_loop().create_future()
+        self._closed: tuple[types_pb2.RoundResult, frozenset[int]] | None = None
+        self._evaluation: Evaluation | None = None
+        self._counted = self._exported = Traffic()
+        self._payload_before = (0, 0)
+
+    # What the service asks for.
+
+    def join(self, name: str, lease_key: bytes) -> Session:
+        """Let a worker in; raises `RefusedError` if it may not."""
+        session = self.members.join(name, lease_key, occupied=frozenset(self._state.present))
+        known = self.members.names[session.index]
+        log.info("joined worker=%s index=%d session=%d", known, session.index, session.number)
+        self._watchers.end(session.index)
+        self._handle(rounds.Joined(session.index, known))
+        return session
+
+    def seen(self, fence: types_pb2.Fence) -> int:
+        """The index of the worker that a message comes from; raises `RefusedError` if it has no session."""
+        index = self.members.check(fence).index
+        member = self._state.members[index]
+        if not member.present and member.why_absent is Reason.SILENT:
+            self._handle(rounds.Joined(index, member.name))  # silent, and here again
+        else:
+            self._handle(rounds.Seen(index))
+        self._metrics.worker_last_seen_timestamp_seconds.labels(member.name).set_to_current_time()
+        return index
+
+    def leave(self, index: int, reason: Reason) -> None:
+        """A worker goes."""
+        if self._state.members[index].present:
+            log.info("left worker=%s reason=%s", self.members.names[index], reason)
+            self._handle(rounds.Left(index, reason))
+
+    def watch(self, index: int) -> Watchers.Stream:
+        """The stream of changes for a worker, beginning with the present state."""
+        return self._watchers.begin(index, self._response(index, closed=None))
+
+    def admit(self, index: int, header: pb.PushHeader) -> Contribution:
+        """Check what a Push announces and make room for it.
+
+        Raises `RefusedError` when it does not fit the open round, `PayloadError` when its sizes cannot be right.
+        """
+        plan = self._state.plan
+        if self._state.phase is not Phase.OPEN or plan is None or (header.round, header.attempt) != (
+            plan.round, plan.attempt,
+        ):  # fmt: skip
+            late = header.round < self._state.round or self._state.phase is Phase.CLOSING
+            raise RefusedError(
+                Reason.LATE if late else Reason.WRONG_ROUND,
+                f"round {header.round} attempt {header.attempt} is not open; the server is at {self._state.round}",
+            )
+        role = plan.roles.get(index)
+        if role is None:
+            raise RefusedError(Reason.NOT_INVITED, f"{self.members.names[index]} is not invited to round {plan.round}")
+        if header.role != _ROLES[role]:
+            raise RefusedError(Reason.WRONG_ROLE, f"the plan says {role}")
+        if header.base_version != plan.base_version:
+            raise RefusedError(Reason.WRONG_ROUND, f"round {plan.round} is computed at version {plan.base_version}")
+        if header.context.version or header.context.digest:
+            raise RefusedError(Reason.CONTEXT_MISMATCH, "this job has no codec context")
+        self._check_sizes(role, header)
+        announcement = Announcement(
+            round=plan.round, attempt=plan.attempt, index=index, role=role, update_bytes=header.update_bytes,
+            buffer_bytes=header.buffer_bytes, digest=header.digest, samples=header.samples, loss=header.loss,
+            nmse=header.nmse, compute_seconds=header.compute_seconds, encode_seconds=header.encode_seconds,
+        )  # fmt: skip
+        return self._staging.admit(announcement)
+
+    def _check_sizes(self, role: Role, header: pb.PushHeader) -> None:
+        largest = self._updater.largest_update_bytes(role)
+        if not 0 < header.update_bytes <= largest:
+            raise PayloadError(f"an update of {header.update_bytes} bytes; at most {largest} are possible", Reason.SIZE)
+        if header.buffer_bytes != self.model.layout.buffer_bytes:
+            raise PayloadError(
+                f"buffers of {header.buffer_bytes} bytes, not {self.model.layout.buffer_bytes}", Reason.SIZE
+            )
+        if not 1 <= header.samples < 1 << 40:
+            raise PayloadError(f"{header.samples} samples cannot weigh a contribution")
+        if len(header.digest) != 16:
+            raise PayloadError(f"a digest of {len(header.digest)} bytes, not 16")
+
+    async def deliver(self, contribution: Contribution) -> None:
+        """A contribution has arrived: check it, and count it in.
+
+        Raises `PayloadError` when the content is not what its header says, or cannot be decoded.
+        """
+        try:
+            await asyncio.to_thread(self._check_content, contribution)
+        except DitherpsError:
+            self._staging.drop(contribution)
+            raise
+        announcement, plan = contribution.announcement, self._state.plan
+        if plan is None or (announcement.round, announcement.attempt) != (plan.round, plan.attempt):
+            raise RefusedError(Reason.LATE, f"round {announcement.round} has ended")
+        contribution.whole = True
+        self._metrics.contributions.inc()
+        self._metrics.payload_bytes.labels(UP, self.job.codec).inc(announcement.content_bytes)
+        self._metrics.values.labels(UP, self.job.codec).inc(self.model.layout.coordinates)
+        self.totals.uplink_payload_bytes += announcement.content_bytes
+        self._handle(rounds.Delivered(announcement.index))
+
+    def _check_content(self, contribution: Contribution) -> None:
+        contribution.receiver.check()
+        self._updater.validate(contribution)
+
+    def refused_update(self, reason: Reason, index: int, message: str) -> None:
+        """Count and log a contribution that is not taken."""
+        log.warning("refused update worker=%s reason=%s: %s", self.members.names[index], reason, message)
+        self._metrics.rejected_updates.labels(reason.value).inc()
+
+    def evaluated(self, index: int, evaluation: Evaluation) -> None:
+        """A worker's evaluation; ignored unless it is the one that the open plan asks for."""
+        plan = self._state.plan
+        if plan is not None and plan.evaluator == index and evaluation.version == plan.base_version:
+            self._take_evaluation(evaluation)
+
+    def snapshot(self) -> list[bytes]:
+        """The serialized messages that carry the present w."""
+        layout = self.model.layout
+        size = 4 * layout.coordinates + layout.buffer_bytes
+        self.totals.downlink_payload_bytes += size
+        self._metrics.payload_bytes.labels(DOWN, "none").inc(size)
+        self._metrics.values.labels(DOWN, "none").inc(layout.coordinates)
+        return self.model.snapshot()
+
+    def status(self) -> pb.StatusResponse:
+        """What the server does and waits for."""
+        now, traffic, state = self._clock(), self._meter.traffic, self._state
+        return pb.StatusResponse(
+            task=self.job.task, codec=self.job.codec, phase=_PHASES[state.phase], round=state.round,
+            rounds=self.job.rounds, version=self.model.version,
+            waiting_for=rounds.waiting_for(self._rules, state, now), waiting_seconds=now - state.since,
+            members=[
+                pb.MemberStatus(
+                    index=index, worker=member.name, state=self._state_of(index),
+                    last_seen_seconds=now - member.last_seen,
+                )
+                for index, member in sorted(state.members.items())
+            ],
+            uplink_bytes=traffic.uplink_bytes, downlink_bytes=traffic.downlink_bytes,
+        )  # fmt: skip
+
+    def _state_of(self, index: int) -> str:
+        member = self._state.members[index]
+        if not member.present:
+            return str(member.why_absent)
+        if self._state.phase is Phase.OPEN and self._state.plan and index in self._state.plan.roles:
+            return "delivered" if index in self._state.delivered else "computing"
+        return "here"
+
+    # The run.
+
+    async def run(self) -> Reason:
+        """Until the job is over; returns why. Raises `RunFailedError` on an error inside the server."""
+        while not self._finished.done():
+            self._handle(rounds.Tick())
+            self._watch_gauges()
+            await asyncio.wait([self._finished], timeout=TICK_SECONDS)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        return self._finished.result()
+
+    def stop(self, reason: Reason) -> None:
+        """End the run now."""
+        self._handle(rounds.Stop(reason))
+
+    async def drained(self) -> None:
+        """Returns when every worker that listens has been told the end."""
+        await self._watchers.close()
+
+    def unwatch(self, index: int, stream: Watchers.Stream) -> None:
+        """A worker's stream has ended."""
+        self._watchers.end(index, stream)
+
+    def _watch_gauges(self) -> None:
+        state, traffic = self._state, self._meter.traffic
+        self._metrics.waiting_seconds.set(self._clock() - state.since)
+        self._metrics.staged_bytes.set(self._staging.held_bytes)
+        invited = len(state.plan.roles) if state.phase is Phase.OPEN and state.plan else 0
+        self._metrics.round_workers.labels("present").set(len(state.present))
+        self._metrics.round_workers.labels("invited").set(invited)
+        self._metrics.round_workers.labels("delivered").set(len(state.delivered))
+        self._metrics.round_workers.labels("absent").set(len(self.members.names) - len(state.present))
+        grown, self._exported = traffic - self._exported, traffic
+        self._metrics.wire_bytes.labels(UP).inc(grown.uplink_bytes)
+        self._metrics.wire_bytes.labels(DOWN).inc(grown.downlink_bytes)
+
+    def _handle(self, event: rounds.Event) -> None:
+        self._state, actions = rounds.step(self._rules, self._state, event, self._clock())
+        for action in actions:
+            match action:
+                case rounds.OpenRound(plan):
+                    self._open(plan)
+                case rounds.CloseRound():
+                    self._spawn(self._close(action))
+                case rounds.AbandonRound(plan, reason):
+                    log.warning("abandoned round=%d attempt=%d reason=%s", plan.round, plan.attempt, reason)
+                    self._metrics.rounds.labels("abandoned").inc()
+                    self._end_round(plan, reason=reason)
+                case rounds.FinishRun(reason):
+                    self._finish(reason)
+        if self._closed is not None and self._state.phase in (Phase.WAITING, Phase.FINISHED):
+            self._tell()
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception as error:
+                log.error("the server failed", exc_info=error)
+                if not self._finished.done():
+                    self._finished.set_exception(RunFailedError(Reason.INTERNAL, f"{type(error).__name__}: {error}"))
+
+        task = asyncio.get_running_loop().create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _open(self, plan: Plan) -> None:
+        if math.isnan(self.totals.first_opened):
+            self.totals.first_opened = plan.opened_at
+        self._evaluation = None
+        self._metrics.round.set(plan.round)
+        self._tell()
+        if plan.evaluator == rounds.SERVER_EVALUATES and self._evaluator is not None:
+            self._evaluator.take(self.model)
+            self._spawn(self._evaluate(self._evaluator))
+
+    async def _evaluate(self, evaluator: Evaluator) -> None:
+        self._take_evaluation(await asyncio.to_thread(evaluator.run))
+
+    def _take_evaluation(self, evaluation: Evaluation) -> None:
+        self._evaluation = self.last_evaluation = evaluation
+        self._metrics.test_loss.set(evaluation.loss)
+        self._metrics.test_accuracy.set(evaluation.accuracy)
+        self._handle(rounds.Evaluated())
+
+    async def _close(self, action: rounds.CloseRound) -> None:
+        plan = action.plan
+        if not plan.roles:
+            self._handle(rounds.Applied(self.model.version))
+            return
+        contributions = self._staging.members(action.members)
+        try:
+            report = await asyncio.to_thread(self._updater.apply, contributions)
+        except RefusedError as error:
+            self._handle(rounds.Unusable(error.reason))
+            return
+        now = self._clock()
+        announcements = [contribution.announcement for contribution in contributions]
+        record = self._record(action, announcements, report, now)
+        self._count(record)
+        self._recorder.add(record)
+        self._end_round(plan, members=action.members)
+        self._handle(rounds.Applied(self.model.version))
+
+    def _record(
+        self, action: rounds.CloseRound, announcements: list[Announcement], report: UpdateReport, now: float
+    ) -> RoundRecord:
+        plan, traffic, totals = action.plan, self._meter.traffic, self.totals
+        spent = traffic - self._counted
+        up_before, down_before = self._payload_before
+        self._counted, self._payload_before = traffic, (totals.uplink_payload_bytes, totals.downlink_payload_bytes)
+        evaluation = self._evaluation
+        samples = sum(a.samples for a in announcements)
+        return RoundRecord(
+            round=plan.round, attempt=plan.attempt, base_version=plan.base_version, version=self.model.version,
+            workers=list(action.members), coordinates=self.model.layout.coordinates,
+            absent={index: reason.value for index, reason in action.absent.items()},
+            elapsed_seconds=now - totals.first_opened, round_seconds=now - plan.opened_at, samples=samples,
+            train_loss=_mean([a.loss for a in announcements], [a.samples for a in announcements]),
+            learning_rate=report.learning_rate,
+            test_accuracy=evaluation.accuracy if evaluation else None,
+            test_loss=evaluation.loss if evaluation else None,
+            uplink_bytes=spent.uplink_bytes, downlink_bytes=spent.downlink_bytes,
+            uplink_payload_bytes=totals.uplink_payload_bytes - up_before,
+            downlink_payload_bytes=totals.downlink_payload_bytes - down_before,
+            uplink_total_bytes=traffic.uplink_bytes, downlink_total_bytes=traffic.downlink_bytes,
+            nmse=_mean([a.nmse for a in announcements]),
+            compute_seconds=_mean([a.compute_seconds for a in announcements]) or 0.0,
+            encode_seconds=_mean([a.encode_seconds for a in announcements]) or 0.0,
+            decode_seconds=report.decode_seconds,
+            nested_tiles=report.decode.tiles, nested_failed_tiles=report.decode.failed_tiles,
+        )  # fmt: skip
+
+    def _count(self, record: RoundRecord) -> None:
+        totals, metrics = self.totals, self._metrics
+        totals.contributions += len(record.workers)
+        totals.nested_tiles += record.nested_tiles
+        totals.nested_failed_tiles += record.nested_failed_tiles
+        metrics.rounds.labels("applied").inc()
+        metrics.round_bits.labels(UP).set(8 * record.uplink_bytes)
+        metrics.round_bits.labels(DOWN).set(8 * record.downlink_bytes)
+        metrics.round_duration_seconds.observe(record.round_seconds)
+        metrics.decode_seconds.observe(record.decode_seconds)
+        metrics.decode_tiles.inc(record.nested_tiles)
+        metrics.decode_ambiguities.inc(record.nested_failed_tiles)
+        metrics.learning_rate.set(record.learning_rate)
+        for gauge, value in ((metrics.train_loss, record.train_loss), (metrics.update_nmse, record.nmse)):
+            if value is not None:
+                gauge.set(value)
+
+    def _end_round(self, plan: Plan, *, members: tuple[int, ...] = (), reason: Reason | None = None) -> None:
+        self._staging.clear()
+        result = types_pb2.RoundResult(
+            round=plan.round, attempt=plan.attempt, version=self.model.version, members=len(members),
+            abandoned=reason.value if reason else "",
+        )  # fmt: skip
+        self._closed = (result, frozenset(members))
+
+    def _finish(self, reason: Reason) -> None:
+        self.totals.finished = self._clock()
+        self.model_sha256 = self.model.sha256
+        if not self._finished.done():
+            self._finished.set_result(reason)
+        self._tell()
+
+    # What the workers are told.
+
+    def _tell(self) -> None:
+        closed, self._closed = self._closed, None
+        for index in self._watchers.streams:
+            self._watchers.tell(index, self._response(index, closed))
+
+    def _response(self, index: int, closed: tuple[types_pb2.RoundResult, frozenset[int]] | None) -> pb.WatchResponse:
+        state = self._state
+        response = pb.WatchResponse(phase=_PHASES[state.phase], version=self.model.version)
+        if closed is not None:
+            response.closed.CopyFrom(closed[0])
+            response.closed.included = index in closed[1]
+        plan = state.plan
+        if state.phase is Phase.OPEN and plan is not None and (index in plan.roles or plan.evaluator == index):
+            role = plan.roles.get(index)
+            response.opened.CopyFrom(
+                types_pb2.RoundPlan(
+                    round=plan.round, attempt=plan.attempt, base_version=plan.base_version,
+                    role=_ROLES[role] if role else types_pb2.ROLE_UNSPECIFIED, evaluate=plan.evaluator == index,
+                    deadline_seconds=max(0.0, plan.deadline_at - self._clock()),
+                )
+            )  # fmt: skip
+        if state.phase is Phase.FINISHED:
+            reason = self._finished.result() if self._finished.done() else Reason.FINISHED
+            response.finished.CopyFrom(
+                types_pb2.JobResult(reason=reason.value, version=self.model.version, model_sha256=self.model_sha256)
+            )
+        return response
+
+
+def _mean(values: list[float], weights: list[int] | None = None) -> float | None:
+    pairs = [(v, w) for v, w in zip(values, weights or [1] * len(values), strict=True) if math.isfinite(v)]
+    total = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / total if total else None

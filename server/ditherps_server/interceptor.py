@@ -1,0 +1,76 @@
+"""The one place where errors become gRPC status codes, and where RPCs are counted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+
+from ditherps import wire
+from ditherps.errors import DitherpsError, PayloadError, Reason, RefusedError
+
+_STREAM = {False: "unary", True: "stream"}
+
+log = logging.getLogger(__name__)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Maps `DitherpsError` to a status and a `ditherps-reason`; an unexpected error is logged and answered INTERNAL."""
+
+    def __init__(self, meter: wire.WireMeter, on_refused: Callable[[Reason], None]) -> None:
+        self._meter = meter
+        self._on_refused = on_refused
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        """Wrap the handler of each method of our service."""
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(f"/{wire.SERVICE.full_name}/"):
+            return handler
+        kind = f"{_STREAM[handler.request_streaming]}_{_STREAM[handler.response_streaming]}"
+        inner = getattr(handler, kind)
+        wrapped = self._stream(inner) if handler.response_streaming else self._unary(inner)
+        make: Callable[..., grpc.RpcMethodHandler] = getattr(grpc, f"{kind}_rpc_method_handler")
+        return make(
+            wrapped,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    def _unary(self, inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            self._meter.count_rpc()
+            try:
+                return await inner(wire.checked(request), context)
+            except Exception as error:
+                await self._abort(context, error)
+
+        return handle
+
+    def _stream(self, inner: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            self._meter.count_rpc()
+            try:
+                async for response in inner(wire.checked(request), context):
+                    yield response
+            except Exception as error:
+                await self._abort(context, error)
+
+        return handle
+
+    async def _abort(self, context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
+        if isinstance(error, (RefusedError, PayloadError)):
+            reason, message = error.reason, str(error)
+            self._on_refused(reason)
+        elif isinstance(error, DitherpsError):
+            reason, message = Reason.MALFORMED, str(error)
+            self._on_refused(reason)
+        else:
+            log.error("an RPC failed unexpectedly", exc_info=error)
+            reason, message = Reason.INTERNAL, f"{type(error).__name__} in the server; its log says more"
+        await context.abort(wire.status_of(reason), message, trailing_metadata=((wire.REASON_KEY, reason.value),))

@@ -1,0 +1,77 @@
+"""Who may take part: the job's member table, the sessions of its members, and the fence that keeps others out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ditherps.errors import Reason, RefusedError
+from ditherps.v1 import types_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One Join of one member."""
+
+    index: int
+    number: int
+    lease_key: bytes
+
+
+class Members:
+    """Names, their indices, and the newest session of each.
+
+    A worker's index is the position of its name in the job's table, never its order of arrival. A worker without a
+    name leases the lowest free one under a key that it keeps.
+    """
+
+    def __init__(self, table: tuple[str, ...], job_id: str, server_epoch: int) -> None:
+        self.names = table
+        self._index = {name: index for index, name in enumerate(table)}
+        self._job_id = job_id
+        self._server_epoch = server_epoch
+        self._sessions: dict[int, Session] = {}
+        self._by_number: dict[int, Session] = {}
+
+    def join(self, name: str, lease_key: bytes, *, occupied: frozenset[int]) -> Session:
+        """A new session for `name`, which ends the one before; `occupied` are the indices that are present.
+
+        Raises `RefusedError`: `unknown_member` for a name that is not in the table, `members_full` when none is free.
+        """
+        index = self._lease(lease_key, occupied) if not name else self._index.get(name, -1)
+        if index < 0:
+            shown = ", ".join(self.names[:4]) + (", ..." if len(self.names) > 4 else "")
+            raise RefusedError(Reason.UNKNOWN_MEMBER, f"{name!r} is not a member of this job; members: {shown}")
+        session = Session(index, len(self._by_number) + 1, lease_key)
+        self._sessions[index] = self._by_number[session.number] = session
+        return session
+
+    def _lease(self, lease_key: bytes, occupied: frozenset[int]) -> int:
+        for session in self._sessions.values():
+            if lease_key and session.lease_key == lease_key:
+                return session.index
+        for index in range(len(self.names)):
+            if index not in occupied:
+                return index
+        raise RefusedError(Reason.MEMBERS_FULL, f"all {len(self.names)} members of this job are here")
+
+    def fence(self, session: Session) -> types_pb2.Fence:
+        """What stands in every message of this session."""
+        return types_pb2.Fence(job_id=self._job_id, server_epoch=self._server_epoch, session=session.number)
+
+    def check(self, fence: types_pb2.Fence) -> Session:
+        """The session that a message belongs to.
+
+        Raises `RefusedError`: `wrong_job`, `wrong_epoch`, `not_joined`, or `superseded` for an older session.
+        """
+        if fence.job_id != self._job_id:
+            raise RefusedError(Reason.WRONG_JOB, f"this server runs job {self._job_id}, not {fence.job_id!r}")
+        if fence.server_epoch != self._server_epoch:
+            raise RefusedError(
+                Reason.WRONG_EPOCH, f"the server is in epoch {self._server_epoch}, not {fence.server_epoch}: join again"
+            )
+        session = self._by_number.get(fence.session)
+        if session is None:
+            raise RefusedError(Reason.NOT_JOINED, "no such session: join first")
+        if self._sessions[session.index] is not session:
+            raise RefusedError(Reason.SUPERSEDED, f"{self.names[session.index]} has joined again since")
+        return session

@@ -1,0 +1,116 @@
+"""What a run leaves behind: the resolved job, one record a round, the result, the model, the plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from ditherps.config import JobConfig
+
+
+@dataclass(slots=True)
+class RoundRecord:
+    """One closed round, as it stands in `rounds.jsonl`. Bytes are those of this round; times are in seconds."""
+
+    round: int
+    attempt: int
+    base_version: int
+    version: int
+    workers: list[int]
+    """Indices of those whose contributions entered."""
+    coordinates: int
+    absent: dict[int, str]
+    elapsed_seconds: float
+    """Since the first round opened."""
+    round_seconds: float
+    samples: int
+    train_loss: float | None
+    learning_rate: float
+    test_accuracy: float | None
+    """Of the model at `base_version`; null where it was not evaluated."""
+    test_loss: float | None
+    uplink_bytes: int
+    downlink_bytes: int
+    uplink_payload_bytes: int
+    """Encoded updates and buffers alone, without framing and control."""
+    downlink_payload_bytes: int
+    uplink_total_bytes: int
+    """Since the start of the run."""
+    downlink_total_bytes: int
+    nmse: float | None
+    """Expected squared error of the updates over their squared norm, mean over the workers."""
+    compute_seconds: float
+    """Mean over the workers."""
+    encode_seconds: float
+    decode_seconds: float
+    nested_tiles: int
+    nested_failed_tiles: int
+
+
+@dataclass(slots=True)
+class RunResult:
+    """A finished run: what `--json` prints and `result.json` holds."""
+
+    task: str
+    model: str
+    codec: str
+    codec_options: dict[str, Any]
+    mode: str
+    workers: int
+    rounds: int
+    seed: int
+    reason: str
+    seconds: float
+    """From the opening of the first round to the end of the last, evaluations included."""
+    test_accuracy: float | None
+    test_loss: float | None
+    parameters: int
+    contributions: int
+    """Contributions that entered a round."""
+    uplink_bytes: int
+    downlink_bytes: int
+    total_bytes: int
+    uplink_payload_bytes: int
+    downlink_payload_bytes: int
+    uplink_bits_per_coordinate: float | None
+    """Wire bits of the uplink over coordinates of all contributions."""
+    uplink_kbit_per_worker_round: float | None
+    compression_vs_float32: float | None
+    """32 over `uplink_bits_per_coordinate`."""
+    nested_tiles: int
+    nested_failed_tiles: int
+    model_sha256: str
+    run_dir: str
+
+
+@dataclass
+class Recorder:
+    """Writes a run folder as the run goes on."""
+
+    run_dir: Path
+    listeners: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
+
+    def start(self, job: JobConfig) -> None:
+        """Write the resolved job file, and begin an empty `rounds.jsonl`."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        for leftover in ("result.json", "model.safetensors"):
+            (self.run_dir / leftover).unlink(missing_ok=True)
+        (self.run_dir / "job.toml").write_text(tomli_w.dumps(job.model_dump(mode="json")))
+        (self.run_dir / "rounds.jsonl").write_text("")
+
+    def add(self, record: RoundRecord) -> None:
+        """Append one round."""
+        values = asdict(record)
+        with (self.run_dir / "rounds.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        for listener in self.listeners:
+            listener(values)
+
+    def finish(self, result: RunResult) -> None:
+        """Write the result."""
+        (self.run_dir / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n")

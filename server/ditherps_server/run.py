@@ -1,0 +1,25 @@
+"""One server process from start to end: the loop, the view, the plots."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from ditherps.config import JobConfig, ServerConfig
+from ditherps.plots import plot_run
+from ditherps.summary import print_summary
+from ditherps.tasks import Task
+from ditherps.view import view
+from ditherps_server.app import serve
+
+
+def run_server(job: JobConfig, config: ServerConfig, task: Task) -> dict[str, Any]:
+    """Serve a job to its end and return its result; see `app.serve` for what it raises."""
+    import uvloop
+
+    shown = view(job)
+    with shown:
+        result = uvloop.run(serve(job, config, task, shown.show))
+    plot_run(config.run_dir, f"{job.task}, {job.codec}, {job.workers} workers", result.test_accuracy)
+    print_summary(asdict(result))
+    return asdict(result)

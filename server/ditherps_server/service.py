@@ -1,0 +1,165 @@
+"""The gRPC servicer: parses, authorises, hands on; decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from ditherps import __version__, wire
+from ditherps.errors import PayloadError, Reason, RefusedError
+from ditherps.v1 import parameter_server_pb2 as pb
+from ditherps_server.coordinator import Coordinator
+from ditherps_server.evaluation import Evaluation
+from ditherps_server.staging import Contribution
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ParameterServerService:
+    """Methods as `proto/ditherps/v1/parameter_server.proto` documents them."""
+
+    def __init__(self, coordinator: Coordinator, job_id: str, heartbeat_seconds: float) -> None:
+        self._coordinator = coordinator
+        self._job_id = job_id
+        self._heartbeat_seconds = heartbeat_seconds
+        self._started = time.monotonic()
+
+    async def Join(self, request: pb.JoinRequest, _: Context) -> pb.JoinResponse:  # noqa: N802
+        """Check the rules of compatibility, then let the worker in."""
+        coordinator, job = self._coordinator, self._coordinator.job
+        check_join(request, job.task, job.mode, job.codec, 4 * coordinator.model.layout.coordinates)
+        session = coordinator.join(request.worker, request.lease_key)
+        layout = coordinator.model.layout
+        return pb.JoinResponse(
+            fence=coordinator.members.fence(session),
+            index=session.index,
+            job=json.dumps(job.model_dump(mode="json"), separators=(",", ":")).encode(),
+            layout_digest=layout.digest,
+            parameter_coordinates=layout.coordinates,
+            buffer_bytes=layout.buffer_bytes,
+            chunk_bytes=wire.CHUNK_BYTES,
+            heartbeat_seconds=self._heartbeat_seconds,
+            idle_timeout_seconds=job.idle_timeout_seconds,
+        )
+
+    async def Watch(self, request: pb.WatchRequest, _: Context) -> AsyncIterator[pb.WatchResponse]:  # noqa: N802
+        """The present state, then its changes."""
+        index = self._coordinator.seen(request.fence)
+        stream = self._coordinator.watch(index)
+        try:
+            async for response in stream:
+                yield response
+        finally:
+            self._coordinator.unwatch(index, stream)
+
+    async def Pull(self, request: pb.PullRequest, _: Context) -> AsyncIterator[bytes]:  # noqa: N802
+        """The present model."""
+        self._coordinator.seen(request.fence)
+        version = self._coordinator.model.version
+        if request.to_version != version:
+            raise RefusedError(
+                Reason.VERSION_UNAVAILABLE, f"version {request.to_version} is not here; the present one is {version}"
+            )
+        for message in self._coordinator.snapshot():
+            yield message
+
+    async def Push(self, requests: AsyncIterator[Any], _: Context) -> AsyncIterator[pb.PushResponse]:  # noqa: N802
+        """Take one contribution."""
+        first = wire.checked(await self._next(requests))
+        if not isinstance(first, pb.PushRequest) or not first.HasField("header"):
+            raise PayloadError("a push begins with its header")
+        index = self._coordinator.seen(first.header.fence)
+        try:
+            contribution = self._coordinator.admit(index, first.header)
+            if contribution.whole:
+                yield pb.PushResponse(accepted=pb.PushAccepted(duplicate=True))
+                return
+            yield pb.PushResponse(need=pb.PushNeed(offset=contribution.receiver.received_bytes))
+            await self._receive(contribution, requests, first.header)
+            await self._coordinator.deliver(contribution)
+        except (RefusedError, PayloadError) as error:
+            self._coordinator.refused_update(error.reason, index, str(error))
+            yield pb.PushResponse(refused=pb.PushRefused(reason=error.reason.value, message=str(error)))
+            return
+        yield pb.PushResponse(accepted=pb.PushAccepted())
+
+    async def _receive(self, contribution: Contribution, requests: AsyncIterator[Any], header: pb.PushHeader) -> None:
+        stream = contribution.stream
+        while not contribution.receiver.complete:
+            message = wire.checked(await self._next(requests))
+            if not isinstance(message, wire.Chunk):
+                raise PayloadError("after its header a push holds chunks only")
+            contribution.take(stream, message.data)
+            self._coordinator.seen(header.fence)
+
+    async def _next(self, requests: AsyncIterator[Any]) -> Any:
+        limit = self._coordinator.job.idle_timeout_seconds
+        try:
+            async with asyncio.timeout(limit):
+                return await anext(requests)
+        except StopAsyncIteration:
+            raise PayloadError("the push ended before its content was whole", Reason.SIZE) from None
+        except TimeoutError:
+            raise RefusedError(Reason.IDLE_TIMEOUT, f"nothing came for {limit:g} s") from None
+
+    async def Report(self, request: pb.ReportRequest, _: Context) -> pb.ReportResponse:  # noqa: N802
+        """Take an evaluation."""
+        index = self._coordinator.seen(request.fence)
+        if request.HasField("evaluation"):
+            e = request.evaluation
+            self._coordinator.evaluated(index, Evaluation(e.version, e.loss, e.accuracy, e.samples, e.seconds))
+        return pb.ReportResponse()
+
+    async def Heartbeat(self, request: pb.HeartbeatRequest, _: Context) -> pb.HeartbeatResponse:  # noqa: N802
+        """Note a sign of life."""
+        self._coordinator.seen(request.fence)
+        return pb.HeartbeatResponse()
+
+    async def Leave(self, request: pb.LeaveRequest, _: Context) -> pb.LeaveResponse:  # noqa: N802
+        """Note that a worker goes."""
+        known = request.reason in Reason.__members__.values()
+        self._coordinator.leave(self._coordinator.seen(request.fence), Reason(request.reason) if known else Reason.LEFT)
+        return pb.LeaveResponse()
+
+    async def Status(self, _: pb.StatusRequest, __: Context) -> pb.StatusResponse:  # noqa: N802
+        """What the server does and waits for."""
+        response = self._coordinator.status()
+        response.job_id = self._job_id
+        response.uptime_seconds = time.monotonic() - self._started
+        return response
+
+
+def check_join(request: pb.JoinRequest, task: str, mode: str, codec: str, model_bytes: int) -> None:
+    """The rules of compatibility between a worker and a job; raises `RefusedError` with the first that fails."""
+    limits = request.limits
+    rules: list[tuple[bool, Reason, str]] = [
+        (
+            request.protocol_version == wire.PROTOCOL_VERSION,
+            Reason.PROTOCOL_VERSION,
+            f"the server speaks protocol {wire.PROTOCOL_VERSION} (ditherps {__version__}), the worker "
+            f"{request.protocol_version} (ditherps {request.package_version}): install the same version",
+        ),
+        (
+            request.task in ("", task),
+            Reason.TASK_MISMATCH,
+            f"the job's task is {task!r}, the worker's {request.task!r}",
+        ),
+        (mode in limits.modes, Reason.LIMITS, f"the worker does not take mode {mode!r}"),
+        (codec in limits.codecs, Reason.LIMITS, f"the worker does not know codec {codec!r}"),
+        (
+            model_bytes <= limits.model_bytes,
+            Reason.LIMITS,
+            f"the model takes {model_bytes} bytes, the worker allows {limits.model_bytes}",
+        ),
+    ]
+    for holds, reason, message in rules:
+        if not holds:
+            raise RefusedError(reason, message)

@@ -1,0 +1,92 @@
+"""A closed round's contributions -> the next version of the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from ditherps.codecs import Codec, DecodeReport, Encoded, Role
+from ditherps.config import JobConfig
+from ditherps.dither import Address, Domain
+from ditherps.errors import PayloadError, Reason
+from ditherps.layout import unpack_buffers
+from ditherps_server.aggregate import Sender, mean_buffers, weighted_mean
+from ditherps_server.model import ServerModel
+from ditherps_server.optimizer import ServerOptimizer
+from ditherps_server.staging import Announcement, Contribution
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """What applying a round's contributions took and found."""
+
+    decode: DecodeReport
+    decode_seconds: float
+    learning_rate: float
+
+
+class Updater:
+    """Decodes contributions, sums them, and steps the optimizer. Called from one thread at a time."""
+
+    def __init__(self, model: ServerModel, job: JobConfig, codec: Codec, pool: ThreadPoolExecutor) -> None:
+        self._model = model
+        self._job = job
+        self._codecs = {role: codec.for_role(role) for role in codec.roles}
+        self._running_side = getattr(codec.options, "side", "sources") == "running"
+        self._pool = pool
+        self._optimizer = ServerOptimizer(model.x, job.optimizer, job.schedule, job.rounds)
+        self._update = torch.empty_like(model.x)
+
+    def largest_update_bytes(self, role: Role) -> int:
+        """Most bytes that an encoded update of this role can take."""
+        return self._codecs[role].max_nbytes(self._model.layout.coordinates)
+
+    def validate(self, contribution: Contribution) -> None:
+        """Raises `PayloadError` unless the content can be decoded to finite values of the model's layout."""
+        announcement = contribution.announcement
+        codec = self._codecs[announcement.role]
+        codec.validate(Encoded.from_bytes(contribution.update), self._model.layout.coordinates)
+        for spec, tensor in zip(
+            self._model.layout.buffers, unpack_buffers(self._model.layout, contribution.buffers), strict=True
+        ):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise PayloadError(f"buffer {spec.name} holds NaN or infinity", Reason.NON_FINITE)
+
+    def apply(self, contributions: Sequence[Contribution]) -> UpdateReport:
+        """Make the model's next version of contributions in the order of their index.
+
+        The update is the mean, weighted by samples. Raises `RefusedError` when they cannot be decoded
+        (`no_side_information`).
+        """
+        began = time.perf_counter()
+        senders = [self._sender(contribution) for contribution in contributions]
+        report = weighted_mean(senders, self._update, running_side=self._running_side, pool=self._pool)
+        decode_seconds = time.perf_counter() - began
+        learning_rate = self._optimizer.learning_rate
+        self._optimizer.apply(self._update)
+        weights = [float(contribution.announcement.samples) for contribution in contributions]
+        self._model.advance(mean_buffers(self._model.layout, [c.buffers for c in contributions], weights))
+        return UpdateReport(report, decode_seconds, learning_rate)
+
+    def _sender(self, contribution: Contribution) -> Sender:
+        announcement = contribution.announcement
+        return Sender(
+            announcement.role,
+            self._codecs[announcement.role],
+            Encoded.from_bytes(contribution.update),
+            self._address(announcement),
+            float(announcement.samples),
+        )
+
+    def _address(self, announcement: Announcement) -> Address:
+        return Address(
+            seed=self._job.seed,
+            round=announcement.round,
+            sender=announcement.index,
+            domain=Domain.UPDATE,
+            attempt=announcement.attempt,
+        )

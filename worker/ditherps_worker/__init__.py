@@ -1,0 +1,1 @@
+"""The ditherps worker: holds data, computes updates, encodes and sends them."""

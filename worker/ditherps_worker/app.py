@@ -1,0 +1,102 @@
+"""Starts a worker, takes part in one job, and stops: channel, metrics, signals, exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Iterator
+
+import torch
+
+import ditherps
+from ditherps import wire
+from ditherps.config import JobConfig, WorkerConfig
+from ditherps.errors import ExitCode, OptionError, Reason, RefusedError, UserError
+from ditherps.metrics import DOWN, UP, WorkerMetrics
+from ditherps.network import is_loopback
+from ditherps.tasks import load_task, task_names
+from ditherps_worker.client import Client
+from ditherps_worker.compute import Computer, make_deterministic
+from ditherps_worker.loop import Loop
+
+log = logging.getLogger(__name__)
+
+
+def run_worker(config: WorkerConfig) -> ExitCode:
+    """Take part in a job until it is over; raises `DitherpsError` when that cannot be."""
+    import uvloop
+
+    if config.task:
+        load_task(config.task)
+    device = pick_device(config.device)
+    return uvloop.run(_work(config, device))
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: the first GPU if there is one, else the CPU; raises `OptionError` for a GPU that is not there."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError("--device", name, f"auto, cpu; this machine has {torch.cuda.device_count()} GPUs")
+    return device
+
+
+async def _work(config: WorkerConfig, device: torch.device) -> ExitCode:
+    host = config.server.rpartition(":")[0].strip("[]")
+    if not is_loopback(host):
+        if not config.insecure:
+            raise UserError(f"--server {config.server} would be reached in plaintext; say --insecure to allow it")
+        log.warning("INSECURE: plaintext and without authentication to %s", config.server)
+    meter, metrics = wire.WireMeter(), WorkerMetrics(ditherps.__version__)
+    if config.metrics_port >= 0:
+        port = metrics.serve(config.metrics_host, config.metrics_port)
+        log.info("metrics at http://%s:%d/metrics", config.metrics_host, port)
+
+    def make_computer(job: JobConfig, index: int) -> Computer:
+        # A task that a message names is taken only if it is built in: nothing that arrives is imported.
+        if not config.task and job.task not in task_names():
+            raise RefusedError(Reason.TASK_MISMATCH, f"the job's task is {job.task!r}: name it here too, with --task")
+        make_deterministic(job.compute_threads)
+        return Computer(job, index, load_task(config.task or job.task), config.data_dir, device)
+
+    client = Client(config, meter)
+    job = asyncio.ensure_future(Loop(config, client, make_computer, metrics).run())
+    exporter = asyncio.ensure_future(_export(meter, metrics))
+    try:
+        with _cancelled_by_signals(job):
+            result = await job
+        log.info("job finished: version=%d model_sha256=%s", result.version, result.model_sha256)
+        return ExitCode.OK
+    except asyncio.CancelledError:
+        log.info("interrupted")
+        return ExitCode.INTERRUPTED
+    finally:
+        exporter.cancel()
+        await client.close()
+
+
+async def _export(meter: wire.WireMeter, metrics: WorkerMetrics) -> None:
+    exported = wire.Traffic()
+    while True:
+        traffic = meter.traffic
+        grown, exported = traffic - exported, traffic
+        metrics.wire_bytes.labels(UP).inc(grown.uplink_bytes)
+        metrics.wire_bytes.labels(DOWN).inc(grown.downlink_bytes)
+        await asyncio.sleep(1.0)
+
+
+@contextlib.contextmanager
+def _cancelled_by_signals(job: asyncio.Future[object]) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        job.cancel()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(name)  # a second signal ends at once
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(name, stop)
+    yield

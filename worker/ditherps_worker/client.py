@@ -1,0 +1,217 @@
+"""A worker's side of the wire: one channel to the server, every call bounded, every refusal typed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import torch
+
+from ditherps import __version__, wire
+from ditherps.codecs import codec_names
+from ditherps.config import WorkerConfig
+from ditherps.errors import PayloadError, Reason, RefusedError, UnreachableError
+from ditherps.v1 import parameter_server_pb2 as pb
+from ditherps.v1 import types_pb2
+
+CALL_SECONDS = 30.0
+MODES = ("gradient", "local")
+
+
+@dataclass(frozen=True, slots=True)
+class PushStats:
+    """What a contribution's header says beside its content."""
+
+    samples: int
+    loss: float
+    nmse: float
+    compute_seconds: float
+    encode_seconds: float
+
+
+class Client:
+    """The service, as a worker calls it. Every method raises `RefusedError` or `UnreachableError`."""
+
+    def __init__(self, config: WorkerConfig, meter: wire.WireMeter) -> None:
+        self._config = config
+        self._channel = grpc.aio.insecure_channel(config.server, options=wire.CHANNEL_OPTIONS)
+        self._stub = wire.Stub(self._channel, meter)
+        self._joined = pb.JoinResponse()
+
+    @property
+    def fence(self) -> types_pb2.Fence:
+        """What stands in every message after Join."""
+        return self._joined.fence
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+    async def join(self, lease_key: bytes) -> pb.JoinResponse:
+        """Join; waits for a server that is not there yet, at most `connect_timeout_seconds`."""
+        request = pb.JoinRequest(
+            protocol_version=wire.PROTOCOL_VERSION,
+            package_version=__version__,
+            worker=self._config.name,
+            lease_key=lease_key,
+            task=self._config.task,
+            limits=pb.WorkerLimits(
+                modes=MODES, codecs=codec_names(), model_bytes=self._config.max_model_bytes, plan_bytes=1 << 20
+            ),
+        )
+        limit = self._config.connect_timeout_seconds
+        self._joined = await self._call(self._stub.Join(request, timeout=limit, wait_for_ready=True))
+        return self._joined
+
+    async def watch(self) -> AsyncIterator[pb.WatchResponse]:
+        """The server's present state, then its changes."""
+        call = self._stub.Watch(pb.WatchRequest(fence=self.fence))
+        try:
+            async for response in call:
+                yield wire.checked(response)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from None
+        finally:
+            call.cancel()
+
+    async def pull(self, version: int, into: torch.Tensor) -> bytes:
+        """Read version `version` of w into `into` (float32, CPU, flat) and return its buffers.
+
+        Raises `PayloadError` when what comes is not what was announced.
+        """
+        call = self._stub.Pull(pb.PullRequest(fence=self.fence, to_version=version))
+        try:
+            async with asyncio.timeout(None) as deadline:
+                self._give_time(deadline)
+                header = wire.checked(await call.read())
+                if header is grpc.aio.EOF:
+                    raise self._error(await self._failure(call))
+                parameters = memoryview(into.numpy()).cast("B") if into.numel() else memoryview(bytearray())
+                self._check_pull(header, version, len(parameters))
+                buffers = bytearray(header.header.buffer_bytes)
+                await self._receive(call, deadline, [parameters, memoryview(buffers)])
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from None
+        except TimeoutError:
+            raise self._silent() from None
+        finally:
+            call.cancel()
+        if wire.digest_of(parameters, buffers) != header.header.digest:
+            raise PayloadError("the model does not have the announced digest", Reason.DIGEST_MISMATCH)
+        return bytes(buffers)
+
+    def _check_pull(self, response: Any, version: int, parameter_bytes: int) -> None:
+        if not isinstance(response, pb.PullResponse) or not response.HasField("header"):
+            raise PayloadError("a pull begins with its header")
+        header = response.header
+        if header.to_version != version or header.encoding != pb.PULL_ENCODING_SNAPSHOT:
+            raise PayloadError(f"asked for a snapshot of version {version}, offered version {header.to_version}")
+        if (header.parameter_bytes, header.buffer_bytes) != (parameter_bytes, self._joined.buffer_bytes):
+            raise PayloadError(f"a snapshot of {header.parameter_bytes} bytes, not {parameter_bytes}", Reason.SIZE)
+
+    async def _receive(self, call: Any, deadline: asyncio.Timeout, parts: list[memoryview]) -> None:
+        at, offset = 0, 0
+        while (message := wire.checked(await call.read())) is not grpc.aio.EOF:
+            self._give_time(deadline)
+            if not isinstance(message, wire.Chunk):
+                raise PayloadError("after its header a pull holds chunks only")
+            data = message.data
+            while len(data):
+                while at < len(parts) and offset == len(parts[at]):
+                    at, offset = at + 1, 0
+                if at == len(parts):
+                    raise PayloadError("a pull holds more than it announced", Reason.SIZE)
+                count = min(len(data), len(parts[at]) - offset)
+                parts[at][offset : offset + count] = data[:count]
+                data, offset = data[count:], offset + count
+
+    def _give_time(self, deadline: asyncio.Timeout) -> None:
+        """Progress: the wait begins anew."""
+        deadline.reschedule(asyncio.get_running_loop().time() + self._joined.idle_timeout_seconds)
+
+    async def push(
+        self, plan: types_pb2.RoundPlan, update: bytes | memoryview, buffers: bytes, stats: PushStats
+    ) -> bool:
+        """Send a contribution, from where the server says; True when it counts, False when its round has gone on.
+
+        Raises `RefusedError` when the server does not take it for another reason.
+        """
+        parts = (update, buffers)
+        header = pb.PushHeader(
+            fence=self.fence, round=plan.round, attempt=plan.attempt, base_version=plan.base_version, role=plan.role,
+            context=plan.context if plan.HasField("context") else None,
+            update_bytes=len(update), buffer_bytes=len(buffers), digest=wire.digest_of(*parts), samples=stats.samples,
+            loss=stats.loss, nmse=stats.nmse, compute_seconds=stats.compute_seconds,
+            encode_seconds=stats.encode_seconds,
+        )  # fmt: skip
+        call = self._stub.Push()
+        try:
+            async with asyncio.timeout(None) as deadline:
+                self._give_time(deadline)
+                await call.write(pb.PushRequest(header=header))
+                answer = await self._answer(call)
+                if answer.HasField("need"):
+                    chunk_bytes = self._joined.chunk_bytes
+                    for message in wire.chunk_messages(pb.PushRequest, parts, chunk_bytes, answer.need.offset):
+                        self._give_time(deadline)
+                        await call.write(message)
+                    self._give_time(deadline)
+                    answer = await self._answer(call)
+                await call.done_writing()
+                await call.code()
+        except asyncio.InvalidStateError:
+            raise self._error(await self._failure(call)) from None
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from None
+        except TimeoutError:
+            raise self._silent() from None
+        finally:
+            call.cancel()
+        if answer.HasField("refused"):
+            reason = Reason(answer.refused.reason) if answer.refused.reason in list(Reason) else Reason.INTERNAL
+            if reason in (Reason.LATE, Reason.WRONG_ROUND):
+                return False
+            raise RefusedError(reason, answer.refused.message)
+        return True
+
+    async def _answer(self, call: Any) -> pb.PushResponse:
+        answer = wire.checked(await call.read())
+        if not isinstance(answer, pb.PushResponse):
+            raise self._error(await self._failure(call))
+        return answer
+
+    async def report(self, evaluation: pb.Evaluation) -> None:
+        """Send an evaluation."""
+        await self._call(
+            self._stub.Report(pb.ReportRequest(fence=self.fence, evaluation=evaluation), timeout=CALL_SECONDS)
+        )
+
+    async def heartbeat(self) -> None:
+        """Give a sign of life."""
+        await self._call(self._stub.Heartbeat(pb.HeartbeatRequest(fence=self.fence), timeout=CALL_SECONDS))
+
+    async def leave(self, reason: Reason) -> None:
+        """Say that this worker goes."""
+        await self._call(self._stub.Leave(pb.LeaveRequest(fence=self.fence, reason=reason.value), timeout=2.0))
+
+    async def _call(self, call: Any) -> Any:
+        try:
+            return wire.checked(await call)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from None
+
+    async def _failure(self, call: Any) -> grpc.aio.AioRpcError:
+        return grpc.aio.AioRpcError(
+            await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
+        )
+
+    def _error(self, error: grpc.aio.AioRpcError) -> RefusedError | UnreachableError:
+        refusal = wire.refusal_of(error)
+        return refusal or UnreachableError(f"server {self._config.server}: {error.code().name}: {error.details()}")
+
+    def _silent(self) -> UnreachableError:
+        limit = self._joined.idle_timeout_seconds
+        return UnreachableError(f"server {self._config.server} has been silent for {limit:g} s")

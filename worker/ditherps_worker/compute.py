@@ -1,0 +1,106 @@
+"""What a worker computes in a round: a gradient, or the difference that several local steps make.
+
+The result is a function of the job, the model, the data, the worker's index and the round alone: batches are slices of
+addressed permutations, torch's seed is addressed, algorithms are deterministic, and a local optimizer starts afresh
+each round.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.optim import SGD
+
+from ditherps.config import JobConfig
+from ditherps.dither import Address, Domain, words
+from ditherps.layout import FlatModel
+from ditherps.sampling import Evaluation, Ids, Walk, augmentation_keys, evaluate, split
+from ditherps.tasks import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What the server's optimizer is to step along, and what stands behind it.
+
+    `vector`: float32, flat, on the worker's device; overwritten by the next round.
+    """
+
+    vector: torch.Tensor
+    buffers: bytes
+    samples: int
+    loss: float
+    seconds: float
+
+
+def make_deterministic(threads: int) -> None:
+    """Set torch so that the same input gives the same bits: threads, algorithms, no TF32."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+
+
+class Computer:
+    """A worker's model, its share of the data, and its walk through it."""
+
+    def __init__(self, job: JobConfig, index: int, task: Task, data_dir: Path | None, device: torch.device) -> None:
+        """Load the data and build the model.
+
+        Raises `UserError` (`DataMissingError`) when the data is not there, or cannot be split as the job says.
+        """
+        self._job, self._index, self._task, self._data_dir = job, index, task, data_dir
+        self._name = job.model or None
+        self.model = FlatModel(task.build(self._name, job.seed), device)
+        self._samples = task.load(data_dir, train=True)
+        shards = split(self._samples, job.workers, job.seed, job.split.kind, job.split.alpha)
+        self._walk = Walk(shards[index], job.seed, index)
+        self._base = torch.empty_like(self.model.flat) if job.mode == "local" else None
+
+    def update(self, round_: int) -> Update:
+        """The update of round `round_` at the model that `self.model` holds, which it may change."""
+        began = time.perf_counter()
+        seed = words(Address(self._job.seed, round_, self._index, Domain.COMPUTE), 1)[0]
+        torch.manual_seed(int(seed) & (2**63 - 1))
+        self.model.module.train()
+        vector, losses = self._local(round_) if self._job.mode == "local" else self._gradient(round_)
+        loss = float(sum(losses)) / len(losses)
+        samples = self._job.batch_size * len(losses)
+        return Update(vector, self.model.buffers(), samples, loss, time.perf_counter() - began)
+
+    def _gradient(self, round_: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        ids, epochs = self._walk.take(round_ * self._job.batch_size, self._job.batch_size)
+        return self.model.gradient, [self._backward(ids, epochs)]
+
+    def _local(self, round_: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        assert self._base is not None
+        self._base.copy_(self.model.flat)
+        weights = torch.nn.Parameter(self.model.flat)
+        weights.grad = self.model.gradient
+        local = self._job.local
+        optimizer = SGD([weights], lr=local.lr, momentum=local.momentum)
+        losses = []
+        for step in range(local.steps):
+            first = (round_ * local.steps + step) * self._job.batch_size
+            losses.append(self._backward(*self._walk.take(first, self._job.batch_size)))
+            optimizer.step()
+        # A step of the server along w_before - w_after with learning rate 1 is the mean of the local models (FedAvg).
+        return self._base.sub_(self.model.flat), losses
+
+    def _backward(self, ids: Ids, epochs: Ids) -> torch.Tensor:
+        rows = torch.from_numpy(ids)
+        keys = augmentation_keys(self._job.seed, epochs, ids)
+        inputs = self._task.inputs(self._name, self._samples.features[rows], keys).to(self.model.device)
+        labels = self._samples.labels[rows].to(self.model.device)
+        self.model.gradient.zero_()
+        loss = self._task.loss(self.model.module(inputs), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def evaluate(self) -> tuple[Evaluation, int]:
+        """Loss and accuracy of the model that `self.model` holds, and how many test samples stand behind them."""
+        samples = self._task.load(self._data_dir, train=False)
+        return evaluate(self._task, self._name, self.model.module, samples, self.model.device), len(samples)

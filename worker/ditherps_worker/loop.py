@@ -1,0 +1,265 @@
+"""A worker's round after round: watch, pull, compute, encode, push."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ditherps import codec as make_codec
+from ditherps import kernels
+from ditherps.codecs import Codec, Role
+from ditherps.config import JobConfig, WorkerConfig, validated
+from ditherps.dither import Address, Domain
+from ditherps.errors import Reason, RefusedError, RunFailedError, UnreachableError
+from ditherps.metrics import DOWN, UP, WorkerMetrics
+from ditherps.v1 import parameter_server_pb2 as pb
+from ditherps.v1 import types_pb2
+from ditherps_worker.client import Client, PushStats
+from ditherps_worker.compute import Computer
+
+log = logging.getLogger(__name__)
+
+_ROLES = {types_pb2.ROLE_SOURCE: Role.SOURCE, types_pb2.ROLE_NESTED: Role.NESTED}
+_FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.2, 5.0
+_JOIN_AGAIN = (Reason.WRONG_JOB, Reason.WRONG_EPOCH, Reason.NOT_JOINED)
+
+MakeComputer = Callable[[JobConfig, int], Computer]
+
+
+@dataclass(slots=True)
+class Encoded:
+    """A contribution that may have to be sent again: same plan, same bytes."""
+
+    plan: tuple[int, int, int, int]
+    update: bytes | memoryview
+    buffers: bytes
+    stats: PushStats
+
+
+class State:
+    """What the server last said: the newest state, and a wait for the next."""
+
+    def __init__(self) -> None:
+        self.latest = pb.WatchResponse()
+        self.lost: Exception | None = None
+        self._changed = asyncio.Event()
+
+    def put(self, response: pb.WatchResponse) -> None:
+        """The server said something."""
+        self.latest = response
+        self._changed.set()
+
+    def lose(self, error: Exception) -> None:
+        """The stream broke."""
+        self.lost = error
+        self._changed.set()
+
+    async def changed(self) -> pb.WatchResponse:
+        """The newest state, once there is one that has not been seen; raises what broke the stream."""
+        await self._changed.wait()
+        self._changed.clear()
+        if self.lost is not None:
+            raise self.lost
+        return self.latest
+
+
+class Loop:
+    """One worker's part in one job."""
+
+    def __init__(
+        self, config: WorkerConfig, client: Client, make_computer: MakeComputer, metrics: WorkerMetrics
+    ) -> None:
+        self._config, self._client, self._metrics = config, client, metrics
+        self._make_computer = make_computer
+        self._lease_key = secrets.token_bytes(16)
+        self._computer: Computer | None = None
+        self._held_version: int | None = None
+        self._sent: Encoded | None = None
+        self._job_id = ""
+
+    async def run(self) -> types_pb2.JobResult:
+        """Until the job is over.
+
+        A lost connection is made anew, with a jittered, growing pause, for at most `connect_timeout_seconds` without
+        success. Raises `RefusedError`, `UnreachableError`, `RunFailedError`.
+        """
+        backoff, lost_since = _FIRST_BACKOFF_SECONDS, None
+        while True:
+            try:
+                return await self._session()
+            except UnreachableError as error:
+                now = time.monotonic()
+                if self._progressed or lost_since is None:
+                    lost_since, backoff = now, _FIRST_BACKOFF_SECONDS
+                if now - lost_since > self._config.connect_timeout_seconds or not self._job_id:
+                    raise
+                log.warning("connection lost (%s); trying again", error)
+            except RefusedError as error:
+                if error.reason not in _JOIN_AGAIN:
+                    raise
+                log.warning("joining again: %s", error)
+            self._metrics.reconnects.inc()
+            await asyncio.sleep(backoff * random.uniform(0.5, 1.5))
+            backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
+
+    async def _session(self) -> types_pb2.JobResult:
+        self._progressed = False
+        joined = await self._client.join(self._lease_key)
+        self._progressed = True
+        job = validated(JobConfig, _json_object(joined.job))
+        await self._prepare(job, joined)
+        state = State()
+        background = [
+            asyncio.create_task(self._watch(state)),
+            asyncio.create_task(self._heartbeat(state, joined.heartbeat_seconds)),
+        ]
+        try:
+            while True:
+                latest = await state.changed()
+                if latest.HasField("finished"):
+                    return await self._finished(latest.finished)
+                if latest.HasField("opened"):
+                    await self._take_part(job, joined.index, latest.opened, state)
+        except asyncio.CancelledError:
+            with contextlib.suppress(UnreachableError, RefusedError):
+                await self._client.leave(Reason.INTERRUPTED)
+            raise
+        finally:
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
+
+    async def _prepare(self, job: JobConfig, joined: pb.JoinResponse) -> None:
+        if joined.fence.job_id == self._job_id:
+            return
+        self._sent, self._held_version = None, None
+        self._codec: Codec = make_codec(job.codec, **job.codec_options)
+        for role in self._codec.roles:
+            kernels.warm(self._codec.for_role(role))
+        self._computer = await asyncio.to_thread(self._make_computer, job, joined.index)
+        layout = self._computer.model.layout
+        if layout.digest != joined.layout_digest:
+            message = (
+                f"this worker's model has {layout.coordinates} parameters and {layout.buffer_bytes} bytes of buffers, "
+                f"the server's {joined.parameter_coordinates} and {joined.buffer_bytes}: they build different models"
+            )
+            with contextlib.suppress(UnreachableError):
+                await self._client.leave(Reason.LAYOUT_MISMATCH)
+            raise RefusedError(Reason.LAYOUT_MISMATCH, message)
+        self._staged = torch.empty(layout.coordinates, dtype=torch.float32)
+        self._job_id = joined.fence.job_id
+        log.info("joined job %s as worker %d of %d", self._job_id, joined.index, job.workers)
+
+    async def _watch(self, state: State) -> None:
+        try:
+            async for response in self._client.watch():
+                state.put(response)
+            state.lose(UnreachableError(f"server {self._config.server} ended the watch"))
+        except Exception as error:
+            state.lose(error)
+
+    async def _heartbeat(self, state: State, interval_seconds: float) -> None:
+        try:
+            while True:
+                await asyncio.sleep(interval_seconds)
+                await self._client.heartbeat()
+        except Exception as error:
+            state.lose(error)
+
+    async def _finished(self, result: types_pb2.JobResult) -> types_pb2.JobResult:
+        with contextlib.suppress(UnreachableError, RefusedError):
+            await self._client.leave(Reason.FINISHED)
+        if result.reason != Reason.FINISHED:
+            raise RunFailedError(Reason(result.reason), f"the server ended the job: {result.reason}")
+        return result
+
+    async def _take_part(self, job: JobConfig, index: int, plan: types_pb2.RoundPlan, state: State) -> None:
+        assert self._computer is not None
+        self._metrics.round.set(plan.round)
+        identity = (plan.round, plan.attempt, plan.base_version, plan.role)
+        if self._sent is None or self._sent.plan != identity:
+            try:
+                await self._hold(plan.base_version)
+            except RefusedError as error:
+                if error.reason is not Reason.VERSION_UNAVAILABLE:
+                    raise
+                return  # the round is over; the next state says how to go on
+            if plan.evaluate:
+                await self._evaluate(plan.base_version)
+            if plan.role == types_pb2.ROLE_UNSPECIFIED:
+                return
+            self._sent = await asyncio.to_thread(self._contribution, job, index, plan, identity)
+        newest = state.latest
+        if newest.HasField("opened") and (newest.opened.round, newest.opened.attempt) != (plan.round, plan.attempt):
+            return  # too late: the round has gone on without us
+        began = time.perf_counter()
+        counted = await self._client.push(plan, self._sent.update, self._sent.buffers, self._sent.stats)
+        self._metrics.push_seconds.observe(time.perf_counter() - began)
+        size = len(self._sent.update) + len(self._sent.buffers)
+        self._metrics.payload_bytes.labels(UP, job.codec).inc(size)
+        self._metrics.values.labels(UP, job.codec).inc(self._computer.model.layout.coordinates)
+        log.debug("pushed round=%d bytes=%d counted=%s", plan.round, size, counted)
+
+    async def _hold(self, version: int) -> None:
+        """Bring version `version` of w into the model."""
+        assert self._computer is not None
+        model = self._computer.model
+        began = time.perf_counter()
+        # Local steps change the model in place, so only a fresh copy is known to be w.
+        if self._held_version != version:
+            self._held_version = None
+            self._buffers = await self._client.pull(version, self._staged)
+            self._held_version = version
+            self._metrics.pull_seconds.observe(time.perf_counter() - began)
+            self._metrics.payload_bytes.labels(DOWN, "none").inc(4 * len(self._staged) + len(self._buffers))
+            self._metrics.values.labels(DOWN, "none").inc(len(self._staged))
+        with torch.no_grad():
+            model.flat.copy_(self._staged)
+        model.load_buffers(self._buffers)
+
+    async def _evaluate(self, version: int) -> None:
+        assert self._computer is not None
+        began = time.perf_counter()
+        result, samples = await asyncio.to_thread(self._computer.evaluate)
+        await self._client.report(
+            pb.Evaluation(
+                version=version, loss=result.loss, accuracy=result.accuracy, samples=samples,
+                seconds=time.perf_counter() - began,
+            )
+        )  # fmt: skip
+
+    def _contribution(
+        self, job: JobConfig, index: int, plan: types_pb2.RoundPlan, identity: tuple[int, int, int, int]
+    ) -> Encoded:
+        assert self._computer is not None
+        update = self._computer.update(plan.round)
+        address = Address(seed=job.seed, round=plan.round, sender=index, domain=Domain.UPDATE, attempt=plan.attempt)
+        codec = self._codec.for_role(_ROLES[plan.role])
+        began = time.perf_counter()
+        encoded = codec.encode(update.vector, address, name=self._computer.model.layout.name_at)
+        encode_seconds = time.perf_counter() - began
+        energy = float(torch.dot(update.vector, update.vector))
+        nmse = math.nan
+        self._metrics.compute_seconds.observe(update.seconds)
+        self._metrics.encode_seconds.observe(encode_seconds)
+        self._metrics.train_loss.set(update.loss)
+        stats = PushStats(update.samples, update.loss, nmse, update.seconds, encode_seconds)
+        return Encoded(identity, encoded.to_bytes(), update.buffers, stats)
+
+
+def _json_object(data: bytes) -> dict[str, object]:
+    import json
+
+    values = json.loads(data)
+    if not isinstance(values, dict):
+        raise ValueError("the job is not an object")
+    return values
