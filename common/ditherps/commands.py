@@ -1,8 +1,9 @@
-"""Commands that belong to neither end: local, status, bench."""
+"""Commands that belong to neither end: local, status, plot, bench."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command()(local)
     app.command()(status)
+    app.command()(plot)
     app.add_typer(bench, name="bench")
 
 
@@ -56,3 +58,13 @@ def status(
 
     response = fetch_status(server)
     print_status(response, as_json=json_)
+
+
+def plot(
+    run_dirs: Annotated[list[Path], typer.Argument(help="Run folders of one task.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("accuracy_bits.png"),
+) -> None:
+    """Draw test accuracy against uplink bits of several runs beside each other."""
+    from ditherps.plots import plot_comparison
+
+    print(plot_comparison(run_dirs, out))

@@ -1,58 +1,103 @@
-"""PNG plots of a run folder: accuracy against bits sent, bits per round."""
+"""PNG plots of run folders: accuracy against bits sent, bits per round, runs beside each other."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_UP, _DOWN, _ACCURACY = "#0072b2", "#d55e00", "#009e73"
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from ditherps.errors import UserError
+
+mpl.use("Agg")
+
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_SIZE = (7.0, 4.2)
+
+Record = dict[str, Any]
 
 
-def read_records(run_dir: Path) -> list[dict[str, Any]]:
+def read_records(run_dir: Path) -> list[Record]:
     """The records of `rounds.jsonl`, oldest first."""
     return [json.loads(line) for line in (run_dir / "rounds.jsonl").read_text().splitlines()]
 
 
-def plot_run(run_dir: Path, title: str, final_accuracy: float | None) -> list[Path]:
-    """Draw the plots of a run folder into it, and return their paths."""
-    records = read_records(run_dir)
+def plot_run(run_dir: Path) -> list[Path]:
+    """Draw the plots of a finished run into its folder, and return their paths."""
+    records, result = read_records(run_dir), _read_result(run_dir)
     if not records:
         return []
-    import matplotlib as mpl
+    title = f"{result['task']}, {result['codec']}, {result['workers']} workers"
+    points = _evaluations(records, result)
+    accuracy = [point[2] for point in points]
+    figure = Figure(_SIZE, layout="constrained")
+    axes = figure.subplots()
+    up, both = [8e-6 * up for up, _, _ in points], [8e-6 * (up + down) for up, down, _ in points]
+    axes.plot(up, accuracy, "o-", ms=3, color=_COLORS[0], label="uplink")
+    axes.plot(both, accuracy, "o-", ms=3, color=_COLORS[1], label="uplink + downlink")
+    _accuracy_axes(axes, title, "bits sent by then (Mbit)", first=up[min(1, len(up) - 1)])
+    return [_save(figure, run_dir / "accuracy_bits.png"), _round_bits(run_dir, records, title)]
 
-    mpl.use("Agg")
-    return [_accuracy(run_dir, records, title, final_accuracy), _round_bits(run_dir, records, title)]
+
+def plot_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
+    """Draw test accuracy against uplink bits of several runs of one task, and return `path`.
+
+    Raises `UserError` for a folder that does not hold a finished run.
+    """
+    figure = Figure(_SIZE, layout="constrained")
+    axes = figure.subplots()
+    first, task = float("inf"), ""
+    for place, run_dir in enumerate(run_dirs):
+        if not (run_dir / "result.json").exists():
+            raise UserError(f"{run_dir} does not hold a finished run (no result.json)")
+        records, result = read_records(run_dir), _read_result(run_dir)
+        points = _evaluations(records, result)[1:]
+        if not points:
+            raise UserError(f"{run_dir} holds no evaluation after its first round")
+        bits, task = [8e-6 * up for up, _, _ in points], str(result["task"])
+        axes.plot(bits, [p[2] for p in points], "o-", ms=3, color=_COLORS[place % len(_COLORS)], label=_label(result))
+        first = min(first, bits[0])
+    _accuracy_axes(axes, task, "uplink bits of all workers (Mbit)", first)
+    axes.set_xscale("log")
+    return _save(figure, path)
 
 
-def _accuracy(run_dir: Path, records: list[dict[str, Any]], title: str, final_accuracy: float | None) -> Path:
-    from matplotlib import pyplot as plt
+def _label(result: Record) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in result["codec_options"].items())
+    return f"{result['codec']} {options}".strip()
 
+
+def _read_result(run_dir: Path) -> Record:
+    result: Record = json.loads((run_dir / "result.json").read_text())
+    return result
+
+
+def _evaluations(records: list[Record], result: Record) -> list[tuple[int, int, float]]:
+    """Bytes sent up and down before each evaluation, and its accuracy."""
     # A record evaluates the model before its round: that cost what had been sent up to the round before.
     sent = [(0, 0), *((r["uplink_total_bytes"], r["downlink_total_bytes"]) for r in records)]
     points = [(*sent[i], r["test_accuracy"]) for i, r in enumerate(records) if r["test_accuracy"] is not None]
-    if final_accuracy is not None:
-        points.append((*sent[-1], final_accuracy))
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for label, color, bytes_of in (
-        ("uplink", _UP, lambda p: p[0]),
-        ("uplink + downlink", _DOWN, lambda p: p[0] + p[1]),
-    ):
-        axes.plot([8e-6 * bytes_of(p) for p in points], [p[2] for p in points], "o-", ms=3, color=color, label=label)
-    axes.set(xlabel="bits sent by all workers and the server (Mbit)", ylabel="test accuracy", title=title)
-    axes.set_xscale("symlog", linthresh=max(1e-3, 8e-6 * sent[1][0]))
+    if result["test_accuracy"] is not None:
+        points.append((*sent[-1], result["test_accuracy"]))
+    return points
+
+
+def _accuracy_axes(axes: Any, title: str, x_label: str, first: float) -> None:
+    axes.set(xlabel=x_label, ylabel="test accuracy", title=title)
+    axes.set_xscale("symlog", linthresh=max(first, 1e-6))
     axes.set_ylim(top=1.0)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    return _save(figure, run_dir / "accuracy_bits.png")
 
 
-def _round_bits(run_dir: Path, records: list[dict[str, Any]], title: str) -> Path:
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+def _round_bits(run_dir: Path, records: list[Record], title: str) -> Path:
+    figure = Figure(_SIZE, layout="constrained")
+    axes = figure.subplots()
     rounds = [r["round"] for r in records]
-    for label, color, key in (("uplink", _UP, "uplink_bytes"), ("downlink", _DOWN, "downlink_bytes")):
+    for label, color, key in (("uplink", _COLORS[0], "uplink_bytes"), ("downlink", _COLORS[1], "downlink_bytes")):
         axes.plot(rounds, [8e-3 * r[key] for r in records], color=color, label=label)
     float32 = 32e-3 * records[0]["coordinates"] * len(records[0]["workers"])
     axes.axhline(float32, color="grey", ls="--", lw=1, label="float32, one way")
@@ -62,9 +107,6 @@ def _round_bits(run_dir: Path, records: list[dict[str, Any]], title: str) -> Pat
     return _save(figure, run_dir / "round_bits.png")
 
 
-def _save(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot as plt
-
+def _save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path

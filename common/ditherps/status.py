@@ -22,7 +22,7 @@ def fetch_status(server: str) -> pb.StatusResponse:
         try:
             response = wire.Stub(channel, wire.WireMeter()).Status(pb.StatusRequest(), timeout=STATUS_SECONDS)
         except grpc.RpcError as error:
-            detail = error.details() if isinstance(error, grpc.Call) else error
+            detail = error.details() if hasattr(error, "details") else error
             raise UnreachableError(f"no ditherps server answers at {server}: {detail}") from None
     assert isinstance(response, pb.StatusResponse)
     return response

@@ -17,7 +17,7 @@ def print_summary(result: Mapping[str, Any]) -> None:
         title=f"{result['task']} with {result['codec']}: {result['reason']}", show_header=False, title_justify="left"
     )
     table.add_column(style="bold")
-    table.add_column()
+    table.add_column(overflow="fold")
     rows = {
         "rounds": f"{result['rounds']} with {result['workers']} workers in {result['seconds']:.1f} s",
         "test accuracy": _number(result["test_accuracy"], ".4f"),

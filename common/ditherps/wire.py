@@ -65,14 +65,19 @@ def status_of(reason: Reason) -> grpc.StatusCode:
     return _STATUS_OF_REASON.get(reason, grpc.StatusCode.FAILED_PRECONDITION)
 
 
-def refusal_of(error: grpc.RpcError | grpc.aio.AioRpcError) -> RefusedError | None:
+def refusal_of(error: grpc.RpcError) -> RefusedError | None:
     """The typed refusal that a failed RPC carries, or None if it failed for another cause."""
-    metadata = error.trailing_metadata() if hasattr(error, "trailing_metadata") else None
-    for key, value in metadata or ():
+    if not isinstance(error, grpc.aio.AioRpcError):
+        return None
+    for key, value in tuple(error.trailing_metadata()):
         if key == REASON_KEY:
-            reason = Reason(value) if value in Reason.__members__.values() else Reason.INTERNAL
-            return RefusedError(reason, str(error.details() if hasattr(error, "details") else ""))
+            return RefusedError(reason_of(str(value)), error.details() or "")
     return None
+
+
+def reason_of(text: str) -> Reason:
+    """The reason that a message names; `internal` for one that this version does not know."""
+    return Reason(text) if text in Reason.__members__.values() else Reason.INTERNAL
 
 
 @dataclass(frozen=True, slots=True)

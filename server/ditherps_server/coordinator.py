@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ditherps.codecs import Role
 from ditherps.config import JobConfig
-from ditherps.errors import DitherpsError, PayloadError, Reason, RefusedError, RunFailedError
+from ditherps.errors import ContextMismatchError, DitherpsError, PayloadError, Reason, RefusedError, RunFailedError
 from ditherps.metrics import DOWN, UP, ServerMetrics
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
@@ -32,6 +32,8 @@ from ditherps_server.watch import Watchers
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.25
+SEEN_SECONDS = 0.5
+"""Signs of life that follow each other faster say nothing new."""
 _ROLES = {Role.SOURCE: types_pb2.ROLE_SOURCE, Role.NESTED: types_pb2.ROLE_NESTED}
 _PHASES = {
     Phase.WAITING: types_pb2.PHASE_WAITING,
@@ -102,6 +104,8 @@ class Coordinator:
         member = self._state.members[index]
         if not member.present and member.why_absent is Reason.SILENT:
             self._handle(rounds.Joined(index, member.name))  # silent, and here again
+        elif self._clock() - member.last_seen < SEEN_SECONDS:
+            return index
         else:
             self._handle(rounds.Seen(index))
         self._metrics.worker_last_seen_timestamp_seconds.labels(member.name).set_to_current_time()
@@ -161,29 +165,35 @@ class Coordinator:
         if len(header.digest) != 16:
             raise PayloadError(f"a digest of {len(header.digest)} bytes, not 16")
 
-    async def deliver(self, contribution: Contribution) -> None:
-        """A contribution has arrived: check it, and count it in.
+    async def deliver(self, contribution: Contribution) -> bool:
+        """A contribution has arrived: check it, and count it in; False if the same had been counted before.
 
-        Raises `PayloadError` when the content is not what its header says, or cannot be decoded.
+        Raises `PayloadError` when the content is not what its header says, or cannot be decoded, `RefusedError` when
+        the round has ended or another content has taken its place meanwhile.
         """
         try:
             await asyncio.to_thread(self._check_content, contribution)
         except DitherpsError:
             self._staging.drop(contribution)
             raise
-        announcement, plan = contribution.announcement, self._state.plan
-        if plan is None or (announcement.round, announcement.attempt) != (plan.round, plan.attempt):
+        announcement = contribution.announcement
+        if self._state.phase is not Phase.OPEN:
             raise RefusedError(Reason.LATE, f"round {announcement.round} has ended")
-        contribution.whole = True
+        if not self._staging.commit(contribution):
+            return False
         self._metrics.contributions.inc()
         self._metrics.payload_bytes.labels(UP, self.job.codec).inc(announcement.content_bytes)
         self._metrics.values.labels(UP, self.job.codec).inc(self.model.layout.coordinates)
         self.totals.uplink_payload_bytes += announcement.content_bytes
         self._handle(rounds.Delivered(announcement.index))
+        return True
 
     def _check_content(self, contribution: Contribution) -> None:
         contribution.receiver.check()
-        self._updater.validate(contribution)
+        try:
+            self._updater.validate(contribution)
+        except ContextMismatchError as error:
+            raise RefusedError(Reason.CONTEXT_MISMATCH, str(error)) from None
 
     def refused_update(self, reason: Reason, index: int, message: str) -> None:
         """Count and log a contribution that is not taken."""

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import grpc
 
 from ditherps import wire
 from ditherps.errors import DitherpsError, PayloadError, Reason, RefusedError
 
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
 _STREAM = {False: "unary", True: "stream"}
 
 log = logging.getLogger(__name__)
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Maps `DitherpsError` to a status and a `ditherps-reason`; an unexpected error is logged and answered INTERNAL."""
 
     def __init__(self, meter: wire.WireMeter, on_refused: Callable[[Reason], None]) -> None:
@@ -25,9 +27,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
+    ) -> Handler | None:
         """Wrap the handler of each method of our service."""
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(f"/{wire.SERVICE.full_name}/"):
@@ -35,7 +37,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         kind = f"{_STREAM[handler.request_streaming]}_{_STREAM[handler.response_streaming]}"
         inner = getattr(handler, kind)
         wrapped = self._stream(inner) if handler.response_streaming else self._unary(inner)
-        make: Callable[..., grpc.RpcMethodHandler] = getattr(grpc, f"{kind}_rpc_method_handler")
+        make: Callable[..., Handler] = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(
             wrapped,
             request_deserializer=handler.request_deserializer,

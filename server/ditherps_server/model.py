@@ -62,7 +62,7 @@ class ServerModel:
     def snapshot(self) -> list[bytes]:
         """Serialized Pull messages of w: the header, then the chunks. Made once a version, for all workers."""
         if self._snapshot is None:
-            parameters = memoryview(self.w.numpy()).cast("B") if self.w.numel() else memoryview(b"")
+            parameters = self.w.numpy().data.cast("B") if self.w.numel() else memoryview(b"")
             header = pb.PullHeader(
                 to_version=self.version,
                 encoding=pb.PULL_ENCODING_SNAPSHOT,
@@ -77,24 +77,27 @@ class ServerModel:
     def load(self, path: Path) -> None:
         """Take parameters (and buffers, where the file has them) from a safetensors file.
 
-        Raises `UserError` if the file cannot be read, or a parameter is missing or has another shape.
+        Raises `UserError` if the file cannot be read, a parameter is missing, or a tensor has another shape or holds NaN.
         """
         try:
             tensors = load_file(path)
         except Exception as error:
             raise UserError(f"{path} cannot be read as safetensors: {error}") from None
-        module = self._model.module
         for spec in (*self.layout.parameters, *self.layout.buffers):
-            given = tensors.pop(spec.name, None)
+            given = tensors.get(spec.name)
             if given is None and spec in self.layout.buffers:
                 continue
             if given is None or tuple(given.shape) != spec.shape:
                 found = "is missing" if given is None else f"has shape {tuple(given.shape)}, not {spec.shape}"
                 raise UserError(f"{path}: {spec.name} {found}")
-            with torch.no_grad():
-                (module.get_parameter if spec in self.layout.parameters else module.get_buffer)(spec.name).copy_(given)
-        if tensors:
-            raise UserError(f"{path}: the model has no tensor {next(iter(tensors))}")
+            if not bool(torch.isfinite(given).all()):
+                raise UserError(f"{path}: {spec.name} holds NaN or infinity")
+        places = dict(self._model.module.named_parameters()) | dict(self._model.module.named_buffers())
+        if unknown := tensors.keys() - places.keys():
+            raise UserError(f"{path}: the model has no tensor {min(unknown)}")
+        with torch.no_grad():
+            for name, given in tensors.items():
+                places[name].copy_(given)
         self._buffers = self._model.buffers()
         self._snapshot = None
 

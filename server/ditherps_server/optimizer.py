@@ -37,7 +37,7 @@ def _optimizer(x: torch.nn.Parameter, config: OptimizerConfig) -> Optimizer:
             [x], lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
             weight_decay=config.weight_decay, fused=fused,
         )  # fmt: skip
-    kind = {"adam": Adam, "adamw": AdamW}[config.name]
+    kind: type[Adam] = {"adam": Adam, "adamw": AdamW}[config.name]
     return kind([x], lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused)
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ditherps.config import JobConfig, ServerConfig
-from ditherps.plots import plot_run
+from ditherps.memory import keep_freed_memory
 from ditherps.summary import print_summary
 from ditherps.tasks import Task
 from ditherps.view import view
@@ -17,9 +17,16 @@ def run_server(job: JobConfig, config: ServerConfig, task: Task) -> dict[str, An
     """Serve a job to its end and return its result; see `app.serve` for what it raises."""
     import uvloop
 
+    keep_freed_memory()
     shown = view(job)
-    with shown:
-        result = uvloop.run(serve(job, config, task, shown.show))
-    plot_run(config.run_dir, f"{job.task}, {job.codec}, {job.workers} workers", result.test_accuracy)
+    try:
+        with shown:
+            result = uvloop.run(serve(job, config, task, shown.show))
+    finally:
+        if (config.run_dir / "result.json").exists():
+            # Matplotlib takes a second to load: only now, when nobody waits for a round.
+            from ditherps.plots import plot_run
+
+            plot_run(config.run_dir)
     print_summary(asdict(result))
     return asdict(result)

@@ -82,17 +82,19 @@ class ParameterServerService:
             if contribution.whole:
                 yield pb.PushResponse(accepted=pb.PushAccepted(duplicate=True))
                 return
+            stream = contribution.stream  # ours, until another Push of the same content is admitted
             yield pb.PushResponse(need=pb.PushNeed(offset=contribution.receiver.received_bytes))
-            await self._receive(contribution, requests, first.header)
-            await self._coordinator.deliver(contribution)
+            await self._receive(contribution, stream, requests, first.header)
+            counted = await self._coordinator.deliver(contribution)
         except (RefusedError, PayloadError) as error:
             self._coordinator.refused_update(error.reason, index, str(error))
             yield pb.PushResponse(refused=pb.PushRefused(reason=error.reason.value, message=str(error)))
             return
-        yield pb.PushResponse(accepted=pb.PushAccepted())
+        yield pb.PushResponse(accepted=pb.PushAccepted(duplicate=not counted))
 
-    async def _receive(self, contribution: Contribution, requests: AsyncIterator[Any], header: pb.PushHeader) -> None:
-        stream = contribution.stream
+    async def _receive(
+        self, contribution: Contribution, stream: object, requests: AsyncIterator[Any], header: pb.PushHeader
+    ) -> None:
         while not contribution.receiver.complete:
             message = wire.checked(await self._next(requests))
             if not isinstance(message, wire.Chunk):
@@ -125,8 +127,7 @@ class ParameterServerService:
 
     async def Leave(self, request: pb.LeaveRequest, _: Context) -> pb.LeaveResponse:  # noqa: N802
         """Note that a worker goes."""
-        known = request.reason in Reason.__members__.values()
-        self._coordinator.leave(self._coordinator.seen(request.fence), Reason(request.reason) if known else Reason.LEFT)
+        self._coordinator.leave(self._coordinator.seen(request.fence), wire.reason_of(request.reason))
         return pb.LeaveResponse()
 
     async def Status(self, _: pb.StatusRequest, __: Context) -> pb.StatusResponse:  # noqa: N802

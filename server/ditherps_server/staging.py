@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from ditherps.codecs.base import Role
+import numpy as np
 
+from ditherps.codecs.base import Role
 from ditherps.errors import PayloadError, Reason, RefusedError
 from ditherps.wire import Receiver
 
@@ -39,44 +40,62 @@ class Contribution:
     """One worker's content, arriving or whole."""
 
     announcement: Announcement
-    content: bytearray
+    content: memoryview
     receiver: Receiver
     whole: bool = False
-    stream: object = field(default_factory=object)
-    """The stream that may write; a newer one takes over."""
+    stream: object | None = field(default_factory=object)
+    """The stream that may write: a newer one takes over, and none may once the round is over."""
 
     @property
     def update(self) -> memoryview:
         """The encoded update."""
-        return memoryview(self.content)[: self.announcement.update_bytes]
+        return self.content[: self.announcement.update_bytes]
 
     @property
     def buffers(self) -> memoryview:
         """The model's buffers."""
-        return memoryview(self.content)[self.announcement.update_bytes :]
+        return self.content[self.announcement.update_bytes :]
 
     def take(self, stream: object, chunk: memoryview) -> None:
-        """Append a chunk that came on `stream`; raises `RefusedError` when a newer stream has taken over."""
+        """Append a chunk that came on `stream`; raises `RefusedError` when that stream may write no longer."""
+        if self.stream is None:
+            raise RefusedError(Reason.LATE, "the round has ended")
         if stream is not self.stream:
             raise RefusedError(Reason.SUPERSEDED, "another stream goes on with this contribution")
         self.receiver.take(chunk)
+
+    @property
+    def memory(self) -> memoryview:
+        """What was allocated for the content, which may be more than its size."""
+        return memoryview(self.content.obj)
+
+    def end(self, stream: object | None) -> None:
+        """Only `stream` may write from now on; lets go of the memory, even while an older stream still waits."""
+        self.stream = stream
+        self.content = memoryview(b"")
+        self.receiver = Receiver(self.content, b"")
 
 
 class Staging:
     """The contributions of the open round, one a worker.
 
-    Memory is taken when a contribution is announced and given back when its round is over; together they never exceed
-    `limit_bytes`.
+    Memory is taken when a contribution is announced; when its round is over it is kept for the next contribution of its
+    size, since fresh pages cost more than what is copied into them. Together they never exceed `limit_bytes`.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._held: dict[int, Contribution] = {}
+        self._spare: list[memoryview] = []
 
     @property
     def held_bytes(self) -> int:
         """Bytes that are taken now."""
-        return sum(len(contribution.content) for contribution in self._held.values())
+        return sum(len(contribution.memory) for contribution in self._held.values())
+
+    @property
+    def _spare_bytes(self) -> int:
+        return sum(len(spare) for spare in self._spare)
 
     def admit(self, announcement: Announcement) -> Contribution:
         """The contribution to go on with: a new one, or the one that the same content began before.
@@ -93,21 +112,41 @@ class Staging:
                 raise RefusedError(
                     Reason.CONFLICTING_CONTRIBUTION, "another content of this worker has arrived for this round"
                 )
-            del self._held[announcement.index]
-        size = announcement.content_bytes
+            self.drop(held)
+        content = self._memory(announcement.content_bytes)
+        contribution = Contribution(announcement, content, Receiver(content, announcement.digest))
+        self._held[announcement.index] = contribution
+        return contribution
+
+    def _memory(self, size: int) -> memoryview:
+        for place, spare in enumerate(self._spare):
+            if size <= len(spare) <= 2 * size:
+                return self._spare.pop(place)[:size]
         if self.held_bytes + size > self._limit_bytes:
             raise RefusedError(
                 Reason.STAGING_FULL, f"{size} bytes do not fit beside the {self.held_bytes} of {self._limit_bytes} held"
             )
-        content = bytearray(size)
-        contribution = Contribution(announcement, content, Receiver(memoryview(content), announcement.digest))
-        self._held[announcement.index] = contribution
-        return contribution
+        while self._spare and self.held_bytes + self._spare_bytes + size > self._limit_bytes:
+            self._spare.pop(0)
+        return np.empty(size, np.uint8).data
 
     def drop(self, contribution: Contribution) -> None:
-        """Forget a contribution that turned out unusable."""
+        """Forget a contribution that turned out unusable, or that another content replaces."""
         if self._held.get(contribution.announcement.index) is contribution:
             del self._held[contribution.announcement.index]
+            contribution.end(object())
+
+    def commit(self, contribution: Contribution) -> bool:
+        """A contribution that arrived and was checked is whole; False if it was before.
+
+        Raises `RefusedError` when it has been forgotten meanwhile: `late`, or `superseded` by another content.
+        """
+        if self._held.get(contribution.announcement.index) is not contribution:
+            if contribution.stream is None:
+                raise RefusedError(Reason.LATE, f"round {contribution.announcement.round} has ended")
+            raise RefusedError(Reason.SUPERSEDED, "another content of this worker has taken its place")
+        first, contribution.whole = not contribution.whole, True
+        return first
 
     def members(self, indices: tuple[int, ...]) -> list[Contribution]:
         """The whole contributions of these workers, in this order."""
@@ -117,5 +156,9 @@ class Staging:
         return chosen
 
     def clear(self) -> None:
-        """The round is over: give all memory back."""
+        """The round is over: every contribution is forgotten, and its memory is free for the next."""
+        for contribution in self._held.values():
+            if contribution.whole:  # no stream writes into it any more
+                self._spare.append(contribution.memory)
+            contribution.end(None)
         self._held.clear()

@@ -61,7 +61,9 @@ def test_error_is_uniform_and_independent_of_the_vector(options: dict[str, Any])
         assert abs(np.corrcoef(error, source)[0, 1]) < 4 / np.sqrt(n)
 
 
-@pytest.mark.parametrize("options", [{"levels": 1}, {"levels": 1.5}, {"step": "rms", "levels": 1, "resolution": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"levels": 1}, {"levels": 1.5}, {"step": "rms", "levels": 1, "resolution": 1.5}], ids=str
+)
 def test_decoding_is_unbiased_over_rounds(options: dict[str, Any]) -> None:
     used = codec("dqsg", **options)
     x = gaussian(1000, 5)
@@ -177,7 +179,7 @@ def test_non_finite_input_names_the_tensor(name: str, bad: float) -> None:
 
     x = gaussian(10000)
     x[5000] = bad
-    with pytest.raises(NonFiniteError, match="conv1.weight: coordinate 5000"):
+    with pytest.raises(NonFiniteError, match=r"conv1\.weight: coordinate 5000"):
         codec(name).encode(x, ADDRESS, name="conv1.weight")
     with pytest.raises(NonFiniteError, match="second"):
         codec(name).encode(x, ADDRESS, name=lambda i: "first" if i < 5000 else "second")
@@ -189,7 +191,7 @@ def test_values_beyond_float32_are_refused(name: str) -> None:
 
     x = gaussian(100).double()
     x[3] = 1e39
-    with pytest.raises(EncodingError, match="coordinate 3 .* float32") as caught:
+    with pytest.raises(EncodingError, match=r"coordinate 3 .* float32") as caught:
         codec(name).encode(x, ADDRESS)
     assert not isinstance(caught.value, NonFiniteError)
 

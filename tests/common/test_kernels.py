@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ditherps import Address, Domain, codec
 from ditherps.codecs.base import HEADER
-from ditherps.kernels import cpu, reference
+from ditherps.kernels import exceptions, reference
 from ditherps.kernels.checksum import CRC_TABLES, crc32_int16
 from ditherps.kernels.packing import DIGITS, WIDE_FIELDS, pack, packing, unpack
 
@@ -24,12 +24,13 @@ def _round_trip(base: int, digits: NDArray[np.uint16]) -> tuple[bytes, NDArray[n
     buffer = np.zeros(DIGITS, np.uint16)
     buffer[: digits.size] = digits
     out = np.full(packing(base).nbytes(digits.size) + 1, 0xA5, np.uint8)
-    pack(packing(base), buffer, digits.size, fields, wide, out)
+    form = (*packing(base),)
+    pack(form, buffer, digits.size, fields, wide, out, 0)
     assert out[-1] == 0xA5
     packed = out[:-1].view()
     packed.flags.writeable = False
     back = np.empty(DIGITS, np.uint16)
-    unpack(packing(base), packed, digits.size, fields, wide, back)
+    unpack(form, packed, 0, digits.size, fields, wide, back)
     return packed.tobytes(), back[: digits.size]
 
 
@@ -49,7 +50,9 @@ def test_packing_equals_reference(base: int) -> None:
         assert _round_trip(base, digits)[0] == reference.pack(digits.astype(np.int64), base)
 
 
-@pytest.mark.parametrize(("base", "bits"), [(2, 1), (3, 1.602), (4, 2), (5, 2.338), (7, 2.825), (15, 4), (16, 4), (256, 8)])
+@pytest.mark.parametrize(
+    ("base", "bits"), [(2, 1), (3, 1.602), (4, 2), (5, 2.338), (7, 2.825), (15, 4), (16, 4), (256, 8)]
+)
 def test_packing_is_as_small_as_measured(base: int, bits: float) -> None:
     assert 8 * packing(base).nbytes(4096) / 4096 <= bits
     assert all(8 * packing(k).nbytes(4096) / 4096 <= np.log2(k) + 1 for k in range(2, 257))
@@ -61,7 +64,7 @@ def test_any_bytes_unpack_to_digits_of_the_alphabet(base: int) -> None:
     data = np.random.default_rng(0).integers(0, 256, packing(base).nbytes(4096)).astype(np.uint8)
     data[:100] = 255
     data.flags.writeable = False
-    unpack(packing(base), data, 4096, fields, wide, digits)
+    unpack((*packing(base),), data, 0, 4096, fields, wide, digits)
     assert digits[:4096].max() < base
 
 
@@ -74,11 +77,11 @@ def test_checksum_is_zlibs(count: int) -> None:
 def test_varints_round_trip() -> None:
     out = np.zeros(16, np.uint8)
     for value in (0, 1, 127, 128, 300, 2**31, 2**36, 2**62):
-        end = cpu.put_varint(value, out, 1)
+        end = exceptions.put_varint(value, out, 1)
         frozen = out.view()
         frozen.flags.writeable = False
-        assert cpu.get_varint(frozen, 1, end) == (value, end)
-        assert cpu.get_varint(frozen, 1, end - 1)[1] == -1
+        assert exceptions.get_varint(frozen, 1, end) == (value, end)
+        assert exceptions.get_varint(frozen, 1, end - 1)[1] == -1
 
 
 def _vector(n: int, kind: str) -> NDArray[np.float32]:
@@ -92,7 +95,7 @@ def _vector(n: int, kind: str) -> NDArray[np.float32]:
     elif kind == "tiny":
         x *= np.float32(1e-42)
     elif kind == "huge":
-        x *= np.float32(3e37)
+        x *= np.float32(1e37)
     return x
 
 

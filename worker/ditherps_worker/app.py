@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ import ditherps
 from ditherps import wire
 from ditherps.config import JobConfig, WorkerConfig
 from ditherps.errors import ExitCode, OptionError, Reason, RefusedError, UserError
+from ditherps.memory import keep_freed_memory
 from ditherps.metrics import DOWN, UP, WorkerMetrics
 from ditherps.network import is_loopback
 from ditherps.tasks import load_task, task_names
@@ -28,6 +30,7 @@ def run_worker(config: WorkerConfig) -> ExitCode:
     """Take part in a job until it is over; raises `DitherpsError` when that cannot be."""
     import uvloop
 
+    keep_freed_memory()
     if config.task:
         load_task(config.task)
     device = pick_device(config.device)
@@ -89,7 +92,7 @@ async def _export(meter: wire.WireMeter, metrics: WorkerMetrics) -> None:
 
 
 @contextlib.contextmanager
-def _cancelled_by_signals(job: asyncio.Future[object]) -> Iterator[None]:
+def _cancelled_by_signals(job: asyncio.Future[Any]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
 
     def stop() -> None:

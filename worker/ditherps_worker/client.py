@@ -89,7 +89,7 @@ class Client:
                 header = wire.checked(await call.read())
                 if header is grpc.aio.EOF:
                     raise self._error(await self._failure(call))
-                parameters = memoryview(into.numpy()).cast("B") if into.numel() else memoryview(bytearray())
+                parameters = into.numpy().data.cast("B") if into.numel() else memoryview(bytearray())
                 self._check_pull(header, version, len(parameters))
                 buffers = bytearray(header.header.buffer_bytes)
                 await self._receive(call, deadline, [parameters, memoryview(buffers)])
@@ -171,7 +171,7 @@ class Client:
         finally:
             call.cancel()
         if answer.HasField("refused"):
-            reason = Reason(answer.refused.reason) if answer.refused.reason in list(Reason) else Reason.INTERNAL
+            reason = wire.reason_of(answer.refused.reason)
             if reason in (Reason.LATE, Reason.WRONG_ROUND):
                 return False
             raise RefusedError(reason, answer.refused.message)

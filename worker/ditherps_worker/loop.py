@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import math
 import random
@@ -85,36 +86,34 @@ class Loop:
         self._held_version: int | None = None
         self._sent: Encoded | None = None
         self._job_id = ""
+        self._progressed = False
 
     async def run(self) -> types_pb2.JobResult:
         """Until the job is over.
 
-        A lost connection is made anew, with a jittered, growing pause, for at most `connect_timeout_seconds` without
-        success. Raises `RefusedError`, `UnreachableError`, `RunFailedError`.
+        A lost connection is made anew, with a jittered, growing pause, for at most `connect_timeout_seconds` without a
+        contribution. Raises `RefusedError`, `UnreachableError`, `RunFailedError`.
         """
-        backoff, lost_since = _FIRST_BACKOFF_SECONDS, None
+        backoff, lost_since = _FIRST_BACKOFF_SECONDS, math.inf
         while True:
+            self._progressed = False
             try:
                 return await self._session()
-            except UnreachableError as error:
+            except (UnreachableError, RefusedError) as error:
+                if isinstance(error, RefusedError) and error.reason not in _JOIN_AGAIN:
+                    raise
                 now = time.monotonic()
-                if self._progressed or lost_since is None:
-                    lost_since, backoff = now, _FIRST_BACKOFF_SECONDS
-                if now - lost_since > self._config.connect_timeout_seconds or not self._job_id:
+                if self._progressed or lost_since == math.inf:
+                    backoff, lost_since = _FIRST_BACKOFF_SECONDS, now
+                if not self._job_id or now - lost_since > self._config.connect_timeout_seconds:
                     raise
-                log.warning("connection lost (%s); trying again", error)
-            except RefusedError as error:
-                if error.reason not in _JOIN_AGAIN:
-                    raise
-                log.warning("joining again: %s", error)
+                log.warning("connection lost, trying again: %s", error)
             self._metrics.reconnects.inc()
             await asyncio.sleep(backoff * random.uniform(0.5, 1.5))
             backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
 
     async def _session(self) -> types_pb2.JobResult:
-        self._progressed = False
         joined = await self._client.join(self._lease_key)
-        self._progressed = True
         job = validated(JobConfig, _json_object(joined.job))
         await self._prepare(job, joined)
         state = State()
@@ -155,7 +154,6 @@ class Loop:
             with contextlib.suppress(UnreachableError):
                 await self._client.leave(Reason.LAYOUT_MISMATCH)
             raise RefusedError(Reason.LAYOUT_MISMATCH, message)
-        self._staged = torch.empty(layout.coordinates, dtype=torch.float32)
         self._job_id = joined.fence.job_id
         log.info("joined job %s as worker %d of %d", self._job_id, joined.index, job.workers)
 
@@ -198,11 +196,14 @@ class Loop:
             if plan.role == types_pb2.ROLE_UNSPECIFIED:
                 return
             self._sent = await asyncio.to_thread(self._contribution, job, index, plan, identity)
+            if job.mode == "local":
+                self._held_version = None  # the local steps have changed the model in place
         newest = state.latest
         if newest.HasField("opened") and (newest.opened.round, newest.opened.attempt) != (plan.round, plan.attempt):
             return  # too late: the round has gone on without us
         began = time.perf_counter()
         counted = await self._client.push(plan, self._sent.update, self._sent.buffers, self._sent.stats)
+        self._progressed = True
         self._metrics.push_seconds.observe(time.perf_counter() - began)
         size = len(self._sent.update) + len(self._sent.buffers)
         self._metrics.payload_bytes.labels(UP, job.codec).inc(size)
@@ -213,17 +214,18 @@ class Loop:
         """Bring version `version` of w into the model."""
         assert self._computer is not None
         model = self._computer.model
-        began = time.perf_counter()
-        # Local steps change the model in place, so only a fresh copy is known to be w.
         if self._held_version != version:
+            began = time.perf_counter()
             self._held_version = None
-            self._buffers = await self._client.pull(version, self._staged)
+            here = model.flat if model.device.type == "cpu" else torch.empty(model.flat.shape)
+            self._buffers = await self._client.pull(version, here)
+            if here is not model.flat:
+                with torch.no_grad():
+                    model.flat.copy_(here)
             self._held_version = version
             self._metrics.pull_seconds.observe(time.perf_counter() - began)
-            self._metrics.payload_bytes.labels(DOWN, "none").inc(4 * len(self._staged) + len(self._buffers))
-            self._metrics.values.labels(DOWN, "none").inc(len(self._staged))
-        with torch.no_grad():
-            model.flat.copy_(self._staged)
+            self._metrics.payload_bytes.labels(DOWN, "none").inc(4 * len(here) + len(self._buffers))
+            self._metrics.values.labels(DOWN, "none").inc(len(here))
         model.load_buffers(self._buffers)
 
     async def _evaluate(self, version: int) -> None:
@@ -248,17 +250,15 @@ class Loop:
         encoded = codec.encode(update.vector, address, name=self._computer.model.layout.name_at)
         encode_seconds = time.perf_counter() - began
         energy = float(torch.dot(update.vector, update.vector))
-        nmse = math.nan
+        nmse = codec.expected_squared_error(encoded) / energy if energy > 0 else math.nan
         self._metrics.compute_seconds.observe(update.seconds)
         self._metrics.encode_seconds.observe(encode_seconds)
         self._metrics.train_loss.set(update.loss)
         stats = PushStats(update.samples, update.loss, nmse, update.seconds, encode_seconds)
-        return Encoded(identity, encoded.to_bytes(), update.buffers, stats)
+        return Encoded(identity, encoded.data.data, update.buffers, stats)
 
 
 def _json_object(data: bytes) -> dict[str, object]:
-    import json
-
     values = json.loads(data)
     if not isinstance(values, dict):
         raise ValueError("the job is not an object")

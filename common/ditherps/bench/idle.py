@@ -39,7 +39,7 @@ class IdleModel(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, 1) -> (N, 2), all zero, with the fixed gradient behind it."""
-        zero = _FixedGradient.apply(self.weights, self._gradient)  # type: ignore[no-untyped-call]
+        zero: Tensor = _FixedGradient.apply(self.weights, self._gradient)
         return features.new_zeros(len(features), 2) + zero
 
 

@@ -24,8 +24,9 @@ WARM_UP_ROUNDS = 3
 def print_table(records: list[dict[str, Any]]) -> None:
     """Print what `measure` returned, a row a codec."""
     first = records[0]
+    title = f"{first['coordinates']:,} parameters, {first['workers']} workers, {first['cores']} cores"
     table = Table("codec", "seconds a round", "fastest", "slowest", "uplink kbit", "downlink kbit", "decode s",
-                  title=f"{first['coordinates']:,} parameters, {first['workers']} workers, {first['cores']} cores")  # fmt: skip
+                  title=title)  # fmt: skip
     for r in records:
         table.add_row(
             r["codec"], f"{r['seconds_median']:.3f}", f"{r['seconds_min']:.3f}", f"{r['seconds_max']:.3f}",

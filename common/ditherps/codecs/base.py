@@ -1,7 +1,7 @@
 """The codec interface (design, contract 2): what every scheme takes, gives and declares.
 
-A codec is stateless and its instances are interchangeable: same name and options, same bytes. Byte layouts are documented
-in proto/FORMAT.md.
+A codec is stateless and its instances are interchangeable: same name and options, same bytes. The byte layouts are in
+proto/FORMAT.md.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Encoded:
         also every decoding does once.
 
         Raises:
-            PayloadError: too short, another format version, unknown codec or flags, or sizes that contradict each other.
+            PayloadError: too short, another format version, unknown codec or flags, sizes that contradict each other.
         """
         data = np.frombuffer(buffer, np.uint8)
         if data.ctypes.data % 4:
@@ -153,7 +153,9 @@ class Encoded:
         if header.coordinates > MAX_COORDINATES:
             raise PayloadError(f"payload announces {header.coordinates} coordinates, beyond 2^35", Reason.SIZE)
         if header.exception_bytes > data.size - HEADER.size:
-            raise PayloadError(f"payload announces {header.exception_bytes} exception bytes, more than it has", Reason.SIZE)
+            raise PayloadError(
+                f"payload announces {header.exception_bytes} exception bytes, more than it has", Reason.SIZE
+            )
         return cls(data, header)
 
 
@@ -195,7 +197,7 @@ class Codec(ABC):
     name: ClassVar[str]
     tag: ClassVar[int]
     Options: ClassVar[type[Options]]
-    unbiased: ClassVar[bool] = True
+    unbiased: bool = True
     needs_side_information: ClassVar[bool] = False
     summable: ClassVar[bool] = False
     roles: ClassVar[tuple[Role, ...]] = (Role.SOURCE,)
@@ -232,6 +234,13 @@ class Codec(ABC):
     @abstractmethod
     def max_nbytes(self, coordinates: int) -> int:
         """Upper bound of `Encoded.nbytes` for a vector of this length."""
+
+    @abstractmethod
+    def expected_squared_error(self, encoded: Encoded) -> float:
+        """Sum over the coordinates of the expected squared error over the dither; NaN where the payload does not say.
+
+        For nested indices: where decoding succeeds.
+        """
 
     @abstractmethod
     def _encode(self, x: NDArray[np.float32], address: Address, context: Context) -> Encoded:
@@ -284,7 +293,7 @@ class Codec(ABC):
             raise _explained(bad, x.detach(), values, name) from None
 
     def validate(self, encoded: Encoded, coordinates: int | None = None, context: Context | None = None) -> None:
-        """Check a payload wholly: every size, every step, every exception, finiteness; memory is proportional to its bytes.
+        """Check a payload wholly: sizes, steps, exceptions, finiteness; takes memory in proportion to its bytes.
 
         Args:
             encoded: as received.
@@ -391,7 +400,9 @@ class BadInput(Exception):  # noqa: N818 (never leaves this package)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _explained(bad: BadInput, x: Tensor, values: NDArray[np.float32], name: str | Callable[[int], str]) -> EncodingError:
+def _explained(
+    bad: BadInput, x: Tensor, values: NDArray[np.float32], name: str | Callable[[int], str]
+) -> EncodingError:
     """The error to raise, naming the tensor that holds the first bad coordinate."""
     part = values[bad.lo : bad.hi]
     worst = np.flatnonzero(~np.isfinite(part))

@@ -13,8 +13,6 @@ from ditherps.codecs.plain import PlainCodec
 from ditherps.dither import Address
 from ditherps.kernels import cpu
 
-_INFINITY_BITS = 0x7F80  # of bfloat16
-
 
 class Bf16Codec(PlainCodec):
     """Header, then bfloat16 little-endian values. Deterministic rounding, so not unbiased."""
@@ -25,7 +23,7 @@ class Bf16Codec(PlainCodec):
     item = np.uint16
 
     def _finite(self, values: NDArray[Any]) -> bool:
-        return cpu.largest_bf16_bits(values) < _INFINITY_BITS
+        return bool(cpu.largest_bf16_bits(values) < cpu.BF16_INFINITY_BITS)
 
     def _encode(self, x: NDArray[np.float32], address: Address, context: Context) -> Encoded:
         rounded = torch.from_numpy(x).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)

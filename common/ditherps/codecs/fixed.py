@@ -1,34 +1,38 @@
-"""What the fixed-width codecs share: buckets with a step each, tiles of packed digits, exceptions; see proto/FORMAT.md."""
+"""What the fixed-width codecs share: buckets with a step each, tiles of packed digits, exceptions (proto/FORMAT.md)."""
 
 from __future__ import annotations
 
 import functools
 import math
-from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from ditherps.codecs.base import HEADER, BadInput, Codec, Context, Encoded, Options
-from ditherps.dither import TILE
+from ditherps.codecs.base import HEADER, BadInput, Bytes, Codec, Context, Encoded, Options, Span
+from ditherps.dither import TILE, Address
 from ditherps.errors import OptionError, PayloadError, Reason
-from ditherps.kernels import cpu
-from ditherps.kernels.packing import Packing, packing
+from ditherps.kernels import cpu, exceptions
+from ditherps.kernels.packing import packing
+from ditherps.kernels.philox import Stream
 
 MAX_LEVELS = 32767.0
-_RULES = {"max": cpu.MAX_RULE, "rms": cpu.RMS_RULE}
-_PROBLEM = "too large to be quantized: its reconstruction could overflow float32"
+_SMALL_BUCKETS = (64, 128, 256, 512, 1024, 2048)
+_NO_SIDE = np.empty(0, np.float32)
+_NO_BYTES = np.empty(0, np.uint8)
 
 
 class FixedOptions(Options):
-    """How the step of a bucket follows from its values, and how many there are."""
+    """How the step of a bucket follows from its values, and how many values share it."""
 
     default_levels: ClassVar[float]
 
     levels: float | None = Field(None, description="0.5, 1, 1.5, ... 32767 (the alphabet has 2 * levels + 1 symbols)")
-    step: Literal["max", "rms"] = Field("max", description="max (step = max|x| / levels), rms (step = resolution * rms)")
+    step: Literal["max", "rms"] = Field(
+        "max", description="max (step = max|x| / levels), rms (step = resolution * rms)"
+    )
     resolution: float | None = Field(None, gt=0, description="above 0; only with step = rms")
     bucket: int = Field(
         TILE, ge=0, description="0 (the whole vector), a power of two from 64 to 2048, or a multiple of 4096 below 2^35"
@@ -36,16 +40,16 @@ class FixedOptions(Options):
 
     @model_validator(mode="after")
     def _resolve(self) -> Self:
+        """Check what depends on several fields, and fill in the defaults that do, so that a dump is complete."""
         if self.step == "max" and self.resolution is not None:
             raise OptionError("resolution", self.resolution, "nothing with step = max; it belongs to step = rms")
-        if not (self.bucket % TILE == 0 and self.bucket < 1 << 35 or self.bucket in (64, 128, 256, 512, 1024, 2048)):
+        if (self.bucket % TILE or self.bucket >= 1 << 35) and self.bucket not in _SMALL_BUCKETS:
             raise OptionError("bucket", self.bucket, type(self).model_fields["bucket"].description or "")
-        # Fields are frozen for users; defaults that depend on other fields are filled in here, so that a dump is complete.
-        fill = self.__dict__
+        values = self.__dict__  # the model is frozen for everyone else
         if self.step == "rms" and self.resolution is None:
-            fill["resolution"] = 1.0
+            values["resolution"] = 1.0
         if self.levels is None:
-            fill["levels"] = self.default_levels if self.resolution is None else levels_for(self.resolution)
+            values["levels"] = self.default_levels if self.resolution is None else levels_for(self.resolution)
         elif not (0.5 <= self.levels <= MAX_LEVELS and (2 * self.levels).is_integer()):
             raise OptionError("levels", self.levels, type(self).model_fields["levels"].description or "")
         return self
@@ -53,18 +57,17 @@ class FixedOptions(Options):
 
 @functools.cache
 def levels_for(resolution: float) -> float:
-    """The M (of 1/2, 1, 3/2 ...) with the fewest expected bits for a Laplace source of step `resolution` * rms.
+    """The M (of 1/2, 1, 3/2 ... 127.5) with the fewest expected bits for a Laplace source of step `resolution` * rms.
 
-    Counted are packed digits and exceptions: an index is outside with probability P = exp(-s (M + 1/2)) sinh(s/2) / (s/2),
-    s = sqrt(2) * resolution (derived by averaging the Laplace tail over the dither), and then costs a byte for its value
-    and the bytes of a varint for twice the mean gap 1/P.
+    Counted are packed digits and exceptions. With s = sqrt(2) * resolution, an index is outside with probability
+    P = exp(-s (M + 1/2)) sinh(s/2) / (s/2), the Laplace tail averaged over the dither, and then costs a byte for its
+    value and the bytes of a varint for twice the mean gap 1/P.
     """
-    best, fewest = MAX_LEVELS, math.inf
+    best, fewest = 0.5, math.inf
     s = math.sqrt(2) * resolution
-    for half in range(1, 512):
-        # exp(-s(M + 1/2)) sinh(s/2) / (s/2), written so that large s does not overflow.
+    for half in range(1, 256):
         outside = (math.exp(-s * half / 2) - math.exp(-s * (half / 2 + 1))) / s
-        gap_bytes = 1 + max(0.0, math.floor(math.log(2 / max(outside, 1e-30), 128)))
+        gap_bytes = 1 + max(0, math.floor(math.log(2 / max(outside, 1e-30), 128)))
         bits = 8 * packing(half + 1).nbytes(TILE) / TILE + outside * 8 * (1 + gap_bytes)
         if bits < fewest:
             best, fewest = half / 2, bits
@@ -76,79 +79,109 @@ class Index(NamedTuple):
 
     steps: NDArray[np.float32]
     table: NDArray[np.int64]
-    tiles: NDArray[np.uint8]
-    exceptions: NDArray[np.uint8]
+    tiles: Bytes
+    exceptions: Bytes
     checkpoints: NDArray[np.int64]
 
 
 class FixedCodec(Codec):
-    """Encoding, sizes and checks of the fixed-width schemes; they differ in digits and in what follows a tile."""
+    """A fixed-width scheme. Subclasses say what alphabet is packed (`base`), and what is nested."""
 
-    extra: ClassVar[int]  # bytes behind the digits of each tile
     options: FixedOptions
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         assert self.options.levels is not None  # filled in by the model
         self.levels = self.options.levels
-        self._half = round(2 * self.levels)
-        self._rule = _RULES[self.options.step]
         self._factor = self.levels if self.options.resolution is None else self.options.resolution
-        self._form = self._packing()
+        self._alpha, self._ratio = self._nesting()
+        self._half = round(2 * self.levels)
+        self._form = packing(self._ratio or self._half + 1)
 
-    @abstractmethod
-    def _packing(self) -> Packing:
-        """How digits are packed."""
+    def _nesting(self) -> tuple[float, int]:
+        """Alpha and the ratio of nested coding; ratio 0 for none."""
+        return 1.0, 0
+
+    def _has_exceptions(self) -> bool:
+        return self.options.step == "rms" and not self._ratio
 
     def _bucket(self, coordinates: int) -> int:
         """Coordinates that share a step: the option, or all of them."""
         return self.options.bucket or max(coordinates, 1)
 
-    def _tile_bytes(self, coordinates: int) -> int:
-        """Bytes of all tiles where no bucket is zero."""
-        whole, rest = divmod(coordinates, TILE)
-        last = self._form.nbytes(rest) + self.extra if rest else 0
-        return whole * (self._form.nbytes(TILE) + self.extra) + last
-
     def _buckets(self, coordinates: int) -> int:
         return -(-coordinates // self._bucket(coordinates))
 
-    def _exception_bound(self, coordinates: int) -> int:
-        """Upper bound of the bytes of all exceptions."""
-        return 0
+    def _scheme(self, coordinates: int) -> cpu.Scheme:
+        rms = int(self.options.step == "rms")
+        return cpu.Scheme(self._bucket(coordinates), rms, self._half, self._ratio, *self._form)
+
+    def _tile_bytes(self, coordinates: int) -> int:
+        """Bytes of all tiles where no bucket is zero."""
+        whole, rest = divmod(coordinates, TILE)
+        extra = 4 if self._ratio else 0
+        last = self._form.nbytes(rest) + extra if rest else 0
+        return whole * (self._form.nbytes(TILE) + extra) + last
 
     def max_nbytes(self, coordinates: int) -> int:
         """Header, steps, tiles, and what exceptions could take at most."""
         steps = 4 * self._buckets(coordinates)
         return HEADER.size + steps + self._tile_bytes(coordinates) + self._exception_bound(coordinates)
 
-    def _frame(self, coordinates: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
-        """Memory for header, steps and tiles: the whole, and views of steps and tiles."""
-        begin = HEADER.size + 4 * self._buckets(coordinates)
-        data = np.empty(begin + self._tile_bytes(coordinates), np.uint8)
-        return data, data[HEADER.size : begin].view(np.float32), data[begin:]
+    def _exception_bound(self, coordinates: int) -> int:
+        """Upper bound of the bytes of all exceptions: at most E = n / (M resolution)^2 values can lie M steps out.
 
-    def _finished(
-        self, data: NDArray[np.uint8], tile_bytes: int, exceptions: NDArray[np.uint8], coordinates: int, context: Context
-    ) -> Encoded:
-        """The payload, once the kernel has filled the frame with `tile_bytes` of tiles."""
-        header = self._header(coordinates, context, exceptions.size)
-        HEADER.pack_into(data.data, 0, *header)
-        used = data[: HEADER.size + 4 * self._buckets(coordinates) + tile_bytes]
-        if exceptions.size:
-            used = np.concatenate((used, exceptions))
+        Their gaps sum to n and the squares of their indices to about n / resolution^2; the lengths of both varints are
+        concave, so equal gaps and equal indices bound them (with a byte each for rounding).
+        """
+        resolution = self.options.resolution
+        if not self._has_exceptions() or resolution is None or coordinates == 0:
+            return 0
+        most = min(coordinates, math.ceil(coordinates / (self.levels * resolution) ** 2))
+        gap = 2 + math.log(2 * coordinates / most, 128)
+        index = 2 + 0.5 * math.log(max(4 * coordinates / (most * resolution**2), 1.0), 128)
+        return math.ceil(most * (gap + min(5.0, index)))
+
+    def expected_squared_error(self, encoded: Encoded) -> float:
+        """step^2 / 12 a coordinate (Schuchman 1964)."""
+        buckets, bucket = self._buckets(encoded.coordinates), self._bucket(encoded.coordinates)
+        steps = encoded.data[HEADER.size : HEADER.size + 4 * buckets].view(np.float32).astype(np.float64)
+        last = encoded.coordinates - bucket * (buckets - 1)
+        return float(bucket * np.dot(steps[:-1], steps[:-1]) + last * steps[-1] ** 2) / 12 if buckets else 0.0
+
+    def _encode(self, x: NDArray[np.float32], address: Address, context: Context) -> Encoded:
+        n = x.size
+        begin = HEADER.size + 4 * self._buckets(n)
+        data = np.empty(begin + self._tile_bytes(n), np.uint8)
+        steps = data[HEADER.size : begin].view(np.float32)
+        stream, scheme = address.stream(n), self._scheme(n)
+        written = cpu.encode(
+            x, x.view(np.int32), stream, scheme, self._factor, self._alpha, steps, data[begin:], cpu.workspace()
+        )
+        if written < 0:
+            lo = -1 - int(written)
+            raise BadInput(lo, lo + scheme.bucket, "too large: its reconstruction could overflow float32")
+        used = data[: begin + written]
+        behind = self._exceptions(x, stream, scheme.bucket, steps) if self._has_exceptions() else _NO_BYTES
+        if behind.size:
+            used = np.concatenate((used, behind))
         elif used.size < data.size // 2:
-            used = used.copy()
+            used = used.copy()  # mostly zero buckets: do not hold on to memory that is not needed
+        header = self._header(n, context, behind.size)
+        HEADER.pack_into(used.data, 0, *header)
         return Encoded(used, header)
 
-    def _refused(self, status: int, lo: int, x: NDArray[np.float32]) -> BadInput:
-        """What to raise for a kernel's status at the tile that begins at `lo`."""
-        bucket = self._bucket(x.size)
-        return BadInput(lo, lo + max(bucket, TILE), "not finite" if status == cpu.NON_FINITE else _PROBLEM)
+    def _exceptions(self, x: NDArray[np.float32], stream: Stream, bucket: int, steps: NDArray[np.float32]) -> Bytes:
+        """The bytes of the exceptions of x."""
+        out = np.empty(4096 + x.size // 16, np.uint8)
+        cursor = np.array([0, -1, 0], np.int64)
+        while not exceptions.find_exceptions(x, x.view(np.uint32), stream, bucket, self._half, steps, out, cursor):
+            out = np.concatenate((out, np.empty_like(out)))
+        return out[: int(cursor[0])]
 
     def _index(self, encoded: Encoded) -> Index:
         n, size = encoded.coordinates, encoded.nbytes
-        bucket = self._bucket(n)
+        scheme = self._scheme(n)
         buckets = self._buckets(n)
         begin = HEADER.size + 4 * buckets
         end = size - encoded.header.exception_bytes
@@ -156,19 +189,86 @@ class FixedCodec(Codec):
             raise PayloadError(f"payload of {size} bytes has no room for the steps of {buckets} buckets", Reason.SIZE)
         steps = encoded.data[HEADER.size : begin].view(np.float32)
         # One entry a bucket, or a tile where that is less: never more than there are steps.
-        table = np.empty(buckets if bucket >= TILE else -(-n // TILE), np.int64)
-        expected = cpu.index_tiles(steps, n, bucket, self._form, self.extra, self._half, table)
+        table = np.empty(buckets if scheme.bucket >= TILE else -(-n // TILE), np.int64)
+        expected = cpu.index_tiles(steps, n, scheme, table)
         if expected < 0:
             raise PayloadError("payload holds a step that is negative, not finite or out of range", Reason.NON_FINITE)
         if begin + expected != end:
             raise PayloadError(f"payload has {end - begin} bytes of tiles, its steps announce {expected}", Reason.SIZE)
-        exceptions = encoded.data[end:]
-        checkpoints = np.empty((exceptions.size // (2 * cpu.CHECKPOINT) + 1, 2), np.int64)
-        if exceptions.size:
-            if not self._exception_bound(n):
+        behind = encoded.data[end:]
+        checkpoints = np.empty((behind.size // (2 * exceptions.CHECKPOINT) + 1 if behind.size else 0, 2), np.int64)
+        if behind.size:
+            if not self._has_exceptions():
                 raise PayloadError("payload has exceptions, and its codec has none")
-            count = cpu.index_exceptions(exceptions, 0, n, bucket, steps, checkpoints, cpu.workspace())
+            count = exceptions.index_exceptions(behind, n, scheme.bucket, steps, checkpoints)
             if count < 0:
                 raise PayloadError("payload has malformed exceptions")
-            checkpoints = checkpoints[: -(-count // cpu.CHECKPOINT)]
-        return Index(steps, table, encoded.data[begin:end], exceptions, checkpoints)
+            checkpoints = checkpoints[: -(-count // exceptions.CHECKPOINT)]
+        return Index(steps, table, encoded.data[begin:end], behind, checkpoints)
+
+    def _accumulate(
+        self,
+        encoded: Encoded,
+        index: Index,
+        address: Address,
+        into: NDArray[np.float32],
+        weight: np.float32,
+        span: Span,
+        side: NDArray[np.float32] | None,
+    ) -> int:
+        n = encoded.coordinates
+        stream, scheme = address.stream(n), self._scheme(n)
+        visit = self._visitor(index, stream, scheme.bucket, into, weight, span) if index.exceptions.size else None
+        if visit:
+            visit(False)
+        failed = cpu.accumulate(
+            index.tiles,
+            index.steps,
+            index.table,
+            stream,
+            scheme,
+            self._alpha,
+            span[0],
+            into,
+            weight,
+            _NO_SIDE if side is None else side,
+            cpu.workspace(),
+        )
+        if visit:
+            visit(True)
+        return int(failed)
+
+    def _visitor(
+        self,
+        index: Index,
+        stream: Stream,
+        bucket: int,
+        into: NDArray[np.float32],
+        weight: np.float32,
+        span: Span,
+    ) -> Callable[[bool], None]:
+        """`visit_exceptions` for this span: called with False before the others are added, with True afterwards."""
+        # The last checkpoint behind which no exception of the span lies, and the first beyond it, bound their number.
+        first = max(int(np.searchsorted(index.checkpoints[:, 0], span[0])) - 1, 0)
+        beyond = int(np.searchsorted(index.checkpoints[:, 0], span[1]))
+        last, at = (int(value) for value in index.checkpoints[first])
+        kept = np.empty(1 + (beyond - first) * exceptions.CHECKPOINT, np.float32)
+
+        def visit(apply: bool) -> None:
+            exceptions.visit_exceptions(
+                index.exceptions,
+                at,
+                last,
+                span[0],
+                into,
+                kept,
+                kept.view(np.uint32),
+                apply,
+                weight,
+                self._half,
+                index.steps,
+                bucket,
+                stream,
+            )
+
+        return visit

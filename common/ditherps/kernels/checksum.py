@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from ditherps.kernels.jit import kernel
+from ditherps.kernels.jit import Int, kernel
 
 
 def _tables() -> NDArray[np.uint32]:
@@ -25,7 +25,7 @@ CRC_TABLES = _tables()
 
 
 @kernel
-def crc32_int16(values: NDArray[np.int64], count: int, tables: NDArray[np.uint32]) -> int:
+def crc32_int16(values: NDArray[np.int64], count: Int, tables: NDArray[np.uint32]) -> Int:
     """`zlib.crc32` of the low 16 bits of `values[:count]`, little-endian; four values a step."""
     register = np.uint64(0xFFFFFFFF)
     byte = np.uint64(0xFF)

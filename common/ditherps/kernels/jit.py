@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import TypeAlias, TypeVar, cast
 
 import numba
+import numpy as np
+
+Int: TypeAlias = int | np.int64
+"""An integer of a kernel. One that is passed on starts as `np.int64(0)`: numba compiles callees anew for a literal."""
 
 F = TypeVar("F", bound=Callable[..., object])
 

@@ -9,8 +9,8 @@ through consecutive memory.
 Fields are laid out so (`Packing.bits`):
 
 * 8: one byte each.
-* 7: in eight columns of m = ceil(f / 8) fields; byte c*m + j (c < 7) is field c*m + j in its upper seven bits, and bit c
-  of field 7m + j in its lowest.
+* 7: in eight columns of m = ceil(f / 8) fields; byte c*m + j (c < 7) is field c*m + j in its upper seven bits, and
+  bit c of field 7m + j in its lowest.
 * 48: six planes of f bytes, the least significant first.
 * 16: alphabets beyond 256 symbols: the digit itself (g = 1), low byte plane, then high byte plane.
 """
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ditherps.kernels.jit import inlined, kernel
+from ditherps.kernels.jit import Int, inlined, kernel
 
 
 class Packing(NamedTuple):
@@ -39,8 +39,8 @@ class Packing(NamedTuple):
         return -(-fields // 8) * 7 if self.bits == 7 else fields * (self.bits // 8)
 
 
-# The most digits that a tile's buffer must hold: 4096, rounded up to whole fields of the widest group, and to 8 columns.
-DIGITS = 4096 + 64
+# Digits that a tile's buffer must hold: 4096, rounded up to whole fields of any group, and a column's vectors.
+DIGITS = 4096 + 128
 # Of those, the fields of 48 bits: groups of at least 6.
 WIDE_FIELDS = 1024
 
@@ -62,7 +62,7 @@ def packing(base: int) -> Packing:
 
 
 @inlined
-def packed_nbytes(form: tuple[int, int, int], count: int) -> int:
+def packed_nbytes(form: tuple[int, int, int], count: Int) -> Int:
     """`Packing.nbytes` for kernels."""
     fields = (count + form[1] - 1) // form[1]
     return (fields + 7) // 8 * 7 if form[2] == 7 else fields * (form[2] // 8)
@@ -72,16 +72,18 @@ def packed_nbytes(form: tuple[int, int, int], count: int) -> int:
 def pack(
     form: tuple[int, int, int],
     digits: NDArray[np.uint16],
-    count: int,
+    count: Int,
     fields: NDArray[np.uint16],
     wide: NDArray[np.uint64],
-    out: NDArray[np.uint8],
+    whole: NDArray[np.uint8],
+    at: Int,
 ) -> None:
-    """Pack `digits[:count]` to the start of `out`; `digits` is padded with zeros in place.
+    """Pack `digits[:count]` to `whole[at:]`; `digits` is padded with zeros in place.
 
-    Slices, not sums of indices, address the columns: numba wraps negative indices, and a sum may be one for all it knows.
+    Slices, not sums of indices, address columns: numba wraps negative indices, and a sum may be one for all it knows.
     """
     base, group, bits = form
+    out = whole[at:]
     f = (count + group - 1) // group
     for i in range(count, f * group):
         digits[i] = 0
@@ -93,19 +95,21 @@ def pack(
     elif bits == 48:
         _pack_wide(base, group, digits, f, wide, out)
     else:
-        for j in range(f):
+        # Whole vectors: what is computed beyond the f fields is never written.
+        padded = (f + 63) // 64 * 64
+        for j in range(padded):
             fields[j] = digits[j]
         values = base
         for p in range(1, group):
             values *= base
-            column = digits[p * f : (p + 1) * f]
-            for j in range(f):
+            column = digits[p * f : p * f + padded]
+            for j in range(padded):
                 fields[j] = np.uint16(fields[j] * np.uint16(base) + column[j])
         if values != 1 << bits:
             # The ceiling, exactly: v * 2^B / k^g is a multiple of 1 / k^g, and single precision errs far less (2^-16).
             scale = np.float32(np.float64(1 << bits) / values)
             up = np.float32(1.0 - 0.5 / values)
-            for j in range(f):
+            for j in range(padded):
                 fields[j] = np.uint16(np.int32(np.float32(fields[j]) * scale + up))
         if bits == 8:
             for j in range(f):
@@ -123,7 +127,7 @@ def pack(
 
 @kernel
 def _pack_wide(
-    base: int, group: int, digits: NDArray[np.uint16], f: int, wide: NDArray[np.uint64], out: NDArray[np.uint8]
+    base: int, group: int, digits: NDArray[np.uint16], f: Int, wide: NDArray[np.uint64], out: NDArray[np.uint8]
 ) -> None:
     """`pack` for fields of 48 bits."""
     for j in range(f):
@@ -150,14 +154,16 @@ def _pack_wide(
 @kernel
 def unpack(
     form: tuple[int, int, int],
-    data: NDArray[np.uint8],
-    count: int,
+    whole: NDArray[np.uint8],
+    at: Int,
+    count: Int,
     fields: NDArray[np.uint16],
     wide: NDArray[np.uint64],
     digits: NDArray[np.uint16],
 ) -> None:
-    """Unpack `count` digits from the start of `data` to `digits[:count]` (a few beyond are overwritten)."""
+    """Unpack `count` digits from `whole[at:]` to `digits[:count]` (a few beyond are overwritten)."""
     base, group, bits = form
+    data = whole[at:]
     f = (count + group - 1) // group
     if bits == 16:
         low, high = data[:f], data[f : 2 * f]
@@ -169,6 +175,7 @@ def unpack(
         for j in range(f):
             digits[j] = data[j]
     else:
+        # Fields as fractions of 8 bits: those of 7 have a zero below.
         if bits == 8:
             for j in range(f):
                 fields[j] = data[j]
@@ -180,20 +187,21 @@ def unpack(
             for c in range(7):
                 source, column = data[c * m : (c + 1) * m], fields[c * m : (c + 1) * m]
                 for j in range(m):
-                    column[j] = source[j] >> 1
-                    last[j] |= np.uint16((source[j] & 1) << c)
-        mask = np.uint16((1 << bits) - 1)
+                    column[j] = source[j] & 0xFE
+                    last[j] |= np.uint16((source[j] & 1) << (c + 1))
+        # In whole vectors: what spills beyond a column is overwritten by the next, or lies behind the last.
+        padded = (f + 63) // 64 * 64
         for p in range(group):
-            column = digits[p * f : (p + 1) * f]
-            for j in range(f):
-                product = np.uint16((fields[j] & 0xFF) * np.uint16(base & 0xFF))
-                column[j] = product >> bits
-                fields[j] = product & mask
+            column = digits[p * f : p * f + padded]
+            for j in range(padded):
+                product = np.uint16(np.uint16(fields[j] & 0xFF) * np.uint16(base & 0xFF))
+                column[j] = product >> 8
+                fields[j] = product & 0xFF
 
 
 @kernel
 def _unpack_wide(
-    base: int, group: int, data: NDArray[np.uint8], f: int, wide: NDArray[np.uint64], digits: NDArray[np.uint16]
+    base: int, group: int, data: NDArray[np.uint8], f: Int, wide: NDArray[np.uint64], digits: NDArray[np.uint16]
 ) -> None:
     """`unpack` for fields of 48 bits."""
     for j in range(f):

@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ditherps.kernels.jit import inlined, kernel
+from ditherps.kernels.jit import Int, inlined, kernel
 
 Stream: TypeAlias = tuple[int, int, int, int, int, int]
 
@@ -83,11 +83,17 @@ def fill_lanes(stream: Stream, offset: int, count: int, out: NDArray[np.uint16],
 
 
 @kernel
-def lanes_random(stream: Stream, positions: NDArray[np.int64], out: NDArray[np.uint16]) -> None:
-    """Write the lane of flat coordinate `start + positions[i]` to `out[i]`, each computed from its address alone."""
-    for i in range(positions.size):
-        position = stream[5] + positions[i]
-        inside = position % TILE
-        words = _philox(stream, np.uint64(position // TILE * COLUMNS + inside % COLUMNS))
-        lane = inside // COLUMNS
-        out[i] = np.uint16(words[lane // 2] >> np.uint64(16 * (lane % 2)))
+def lane_at(stream: Stream, offset: Int) -> np.uint16:
+    """The lane of flat coordinate `start + offset`, from its address alone."""
+    position = stream[5] + offset
+    inside = position % TILE
+    words = _philox(stream, np.uint64(position // TILE * COLUMNS + inside % COLUMNS))
+    lane = inside // COLUMNS
+    return np.uint16(words[lane // 2] >> np.uint64(16 * (lane % 2)))
+
+
+@kernel
+def lanes_random(stream: Stream, offsets: NDArray[np.int64], out: NDArray[np.uint16]) -> None:
+    """Write the lane of flat coordinate `start + offsets[i]` to `out[i]`."""
+    for i in range(offsets.size):
+        out[i] = lane_at(stream, offsets[i])

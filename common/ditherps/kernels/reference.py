@@ -1,7 +1,7 @@
 """Slow readable reference of the dither stream and the fixed-width codecs, in numpy and Python integers.
 
-Written from the contracts (design.md, proto/FORMAT.md), not from the kernels: every backend must match it bit for bit. It
-shares nothing with them but the choice of a packing's group and field size.
+Written from the contracts (design.md, proto/FORMAT.md), not from the kernels: every backend must match it bit for bit.
+It shares nothing with them but the choice of a packing's group and field size.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def lanes_at(address: Address, coordinates: NDArray[np.int64]) -> NDArray[np.uin
     counter, lane = place(address, coordinates)
     words = np.stack(philox(counter, (address.seed & 0xFFFFFFFF, address.seed >> 32)))
     word = np.take_along_axis(words, (lane // 2)[None], 0)[0]
-    return (word >> (16 * (lane % 2)).astype(np.uint64)).astype(np.uint16)
+    out: NDArray[np.uint16] = (word >> (16 * (lane % 2)).astype(np.uint64)).astype(np.uint16)
+    return out
 
 
 def dither_at(address: Address, coordinates: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -83,9 +84,7 @@ def pack(digits: NDArray[np.int64], base: int) -> bytes:
     if form.bits == 7:
         m = -(-f // 8)
         fields += [0] * (8 * m - f)
-        return bytes(
-            fields[c * m + j] << 1 | (fields[7 * m + j] >> c & 1) for c in range(7) for j in range(m)
-        )
+        return bytes(fields[c * m + j] << 1 | (fields[7 * m + j] >> c & 1) for c in range(7) for j in range(m))
     return bytes(field >> (8 * plane) & 0xFF for plane in range(form.bits // 8) for field in fields)
 
 
@@ -106,9 +105,9 @@ def step_of(x: NDArray[np.float32], scheme: Scheme) -> np.float32:
     if not np.any(x):
         return np.float32(0)
     if scheme.rms:
-        sums = [0.0] * 16
+        sums = [0.0] * 64
         for i, value in enumerate(x.astype(np.float64)):
-            sums[i % 16] += value * value
+            sums[i % 64] += value * value
         while len(sums) > 1:
             half = len(sums) // 2
             sums = [sums[i] + sums[i + half] for i in range(half)]
@@ -154,7 +153,7 @@ def encode(x: NDArray[np.float32], address: Address, scheme: Scheme) -> tuple[by
             if top <= 126:
                 bound = np.float32(m * 65536)
                 scaled = min(max(x[i] * np.float32(65536 / float(step)), -bound), bound)
-                digits.append((int(np.rint(scaled)) + lane + round(m * 65536)) >> 16)
+                digits.append((int(scaled + np.float32(m * 65536 + 0.5)) + lane) >> 16)
             else:
                 digits.append(min(max(exact, 0), top))
             if scheme.rms and not 0 <= exact <= top and abs(float(x[i])) >= float(np.float32(m * float(step))):

@@ -1,0 +1,24 @@
+"""How a process that moves models keeps its memory."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+# malloc.h of glibc.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_KEPT_BYTES = 256 << 20
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks of up to 256 MiB instead of giving each back to the kernel at once.
+
+    A round frees and takes the same chunks and vectors again; fresh pages cost more than what is copied into them
+    (`ditherps bench rounds` without this: an eighth more processor time). Does nothing where there is no glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_KEPT_BYTES)
