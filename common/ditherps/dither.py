@@ -134,7 +134,7 @@ def lanes(address: Address, count: int) -> NDArray[np.uint16]:
     """The 16-bit lanes of flat coordinates `start .. start + count`: uint16[count]."""
     stream = address.stream(count)
     out = np.empty(count, np.uint16)
-    fill_lanes(stream, 0, count, out, np.empty(TILE, np.uint16))
+    fill_lanes(stream, 0, count, out, np.empty(TILE, np.uint16), np.empty(0, np.float32), 0)
     return out
 
 

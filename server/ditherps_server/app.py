@@ -77,7 +77,9 @@ async def serve(
     )  # fmt: skip
     interceptor = ErrorInterceptor(meter, lambda reason: metrics.refused_rpcs.labels(reason.value).inc())
     server = grpc.aio.server(options=wire.SERVER_OPTIONS, interceptors=[interceptor])
-    service = ParameterServerService(coordinator, job_id, config.heartbeat_seconds)
+    # A worker that is busy must not look silent.
+    heartbeat_seconds = min(config.heartbeat_seconds, job.idle_timeout_seconds / 3)
+    service = ParameterServerService(coordinator, job_id, heartbeat_seconds)
     server.add_generic_rpc_handlers((wire.service_handler(service, meter),))
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)

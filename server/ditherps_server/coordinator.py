@@ -174,6 +174,7 @@ class Coordinator:
         try:
             await asyncio.to_thread(self._check_content, contribution)
         except DitherpsError:
+            self._staging.check(contribution)
             self._staging.drop(contribution)
             raise
         announcement = contribution.announcement

@@ -77,7 +77,7 @@ class ServerModel:
     def load(self, path: Path) -> None:
         """Take parameters (and buffers, where the file has them) from a safetensors file.
 
-        Raises `UserError` if the file cannot be read, a parameter is missing, or a tensor has another shape or holds NaN.
+        Raises `UserError` if the file cannot be read, a parameter is missing, a tensor has another shape or holds NaN.
         """
         try:
             tensors = load_file(path)

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ditherps.codecs.base import Role
-
 from ditherps.errors import Reason
 
 SERVER_EVALUATES = -1

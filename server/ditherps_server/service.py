@@ -127,7 +127,8 @@ class ParameterServerService:
 
     async def Leave(self, request: pb.LeaveRequest, _: Context) -> pb.LeaveResponse:  # noqa: N802
         """Note that a worker goes."""
-        self._coordinator.leave(self._coordinator.seen(request.fence), wire.reason_of(request.reason))
+        reason = wire.reason_of(request.reason) if request.reason else Reason.LEFT
+        self._coordinator.leave(self._coordinator.seen(request.fence), reason)
         return pb.LeaveResponse()
 
     async def Status(self, _: pb.StatusRequest, __: Context) -> pb.StatusResponse:  # noqa: N802

@@ -136,15 +136,16 @@ class Staging:
             del self._held[contribution.announcement.index]
             contribution.end(object())
 
-    def commit(self, contribution: Contribution) -> bool:
-        """A contribution that arrived and was checked is whole; False if it was before.
-
-        Raises `RefusedError` when it has been forgotten meanwhile: `late`, or `superseded` by another content.
-        """
+    def check(self, contribution: Contribution) -> None:
+        """Raises `RefusedError` when a contribution was forgotten: `late`, or `superseded` by another content."""
         if self._held.get(contribution.announcement.index) is not contribution:
             if contribution.stream is None:
                 raise RefusedError(Reason.LATE, f"round {contribution.announcement.round} has ended")
             raise RefusedError(Reason.SUPERSEDED, "another content of this worker has taken its place")
+
+    def commit(self, contribution: Contribution) -> bool:
+        """A contribution arrived and is good: from now on it is whole; False if it was before. Raises as `check`."""
+        self.check(contribution)
         first, contribution.whole = not contribution.whole, True
         return first
 

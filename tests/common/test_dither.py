@@ -41,7 +41,7 @@ def test_published_vectors_reference(counter: tuple[int, int, int, int], key: tu
 def test_published_vectors_kernel(counter: tuple[int, int, int, int], key: tuple[int, int], expected: str) -> None:
     tile, column = divmod(counter[0], philox.COLUMNS)
     lanes = np.empty(philox.TILE, np.uint16)
-    philox.philox_tile((*key, counter[1], counter[2], counter[3], 0), tile, lanes)
+    philox.philox_tile((*key, counter[1], counter[2], counter[3], 0), tile, lanes, np.empty(0, np.float32), 0)
     eight = lanes[column :: philox.COLUMNS]
     assert " ".join(f"{int(eight[2 * w]) | int(eight[2 * w + 1]) << 16:08x}" for w in range(4)) == expected
 

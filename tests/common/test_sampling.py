@@ -22,7 +22,7 @@ SEEDS = st.integers(0, 2**64 - 1)
 
 def samples(count: int, classes: int = 10, groups: int | None = None) -> Samples:
     ids = torch.arange(count)
-    return Samples(torch.zeros(count, 1), ids % classes, None if groups is None else ids * 7 % groups)
+    return Samples(torch.zeros(count, 1), ids % classes, None if groups is None else ids * 13 % groups)
 
 
 class TestSplit:

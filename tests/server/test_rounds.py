@@ -49,7 +49,8 @@ RULES = Rules(
 def run(
     rules: Rules, schedule: Sequence[tuple[float, Event]], state: State | None = None
 ) -> tuple[State, list[Action]]:
-    state, done = state or State(), []
+    state = state or State()
+    done: list[Action] = []
     for now, event in schedule:
         state, actions = step(rules, state, event, now)
         done += actions

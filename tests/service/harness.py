@@ -31,7 +31,8 @@ def start(arguments: Sequence[object], **options: Any) -> subprocess.Popen[str]:
     """Start `ditherps ARGUMENTS`."""
     return subprocess.Popen(
         [sys.executable, "-m", "ditherps", *map(str, arguments)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), **options,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        **options,
     )  # fmt: skip
 
 
@@ -39,7 +40,8 @@ def run(arguments: Sequence[object], timeout: float = 100.0, **extra: str) -> su
     """Run `ditherps ARGUMENTS` to its end."""
     return subprocess.run(
         [sys.executable, "-m", "ditherps", *map(str, arguments)],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, env=environment(**extra), check=False,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, env=environment(**extra),
+        check=False,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import signal
 import urllib.request
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
@@ -76,6 +77,8 @@ async def serving(
         announced = json.loads((run_dir / "server.json").read_text())
         yield Served(job, run_dir, announced["address"], announced["job_id"], announced["metrics_port"], running)
     finally:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().remove_signal_handler(name)
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError, RunFailedError):
             await running
@@ -236,7 +239,10 @@ class Peer:
         answer = await push.answer()
         if answer.HasField("need"):
             parts = [content] if isinstance(content, bytes) else list(content)
-            await push.send(*wire.chunk_messages(pb.PushRequest, parts, chunk_bytes, answer.need.offset))
-            await push.end()
-            answer = await push.answer()
+            answering = asyncio.ensure_future(push.answer())
+            # The server may answer before the end; then writing fails, and the answer says why.
+            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                await push.send(*wire.chunk_messages(pb.PushRequest, parts, chunk_bytes, answer.need.offset))
+                await push.end()
+            answer = await answering
         return answer

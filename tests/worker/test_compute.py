@@ -237,7 +237,7 @@ def test_no_two_uses_of_a_run_share_a_dither(ledger: Ledger, kind: Any, monkeypa
     chosen = codec("ndqsg")
     roles = assign_roles((0, 1), 0.5)
     assert set(roles.values()) == set(Role)
-    keys = compute.augmentation_keys
+    keys = sampling.augmentation_keys
 
     def one_by_one(seed: int, epochs: Any, ids: Any) -> Any:
         """Each sample's key is a use of its own; a sample that another worker has too would be a second one."""

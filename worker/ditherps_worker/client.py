@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,12 +155,7 @@ class Client:
                 await call.write(pb.PushRequest(header=header))
                 answer = await self._answer(call)
                 if answer.HasField("need"):
-                    chunk_bytes = self._joined.chunk_bytes
-                    for message in wire.chunk_messages(pb.PushRequest, parts, chunk_bytes, answer.need.offset):
-                        self._give_time(deadline)
-                        await call.write(message)
-                    self._give_time(deadline)
-                    answer = await self._answer(call)
+                    answer = await self._send(call, deadline, parts, answer.need.offset)
                 await call.done_writing()
                 await call.code()
         except asyncio.InvalidStateError:
@@ -176,6 +172,24 @@ class Client:
                 return False
             raise RefusedError(reason, answer.refused.message)
         return True
+
+    async def _send(
+        self, call: Any, deadline: asyncio.Timeout, parts: Sequence[bytes | memoryview], offset: int
+    ) -> pb.PushResponse:
+        """Send the content from `offset` until the server answers, which it may do before the end."""
+        answering = asyncio.ensure_future(self._answer(call))
+        try:
+            # Writing fails once the server has said its last word; that answer, or the call's status, tells why.
+            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                for message in wire.chunk_messages(pb.PushRequest, parts, self._joined.chunk_bytes, offset):
+                    if answering.done():
+                        break
+                    self._give_time(deadline)
+                    await call.write(message)
+            self._give_time(deadline)
+            return await answering
+        finally:
+            answering.cancel()
 
     async def _answer(self, call: Any) -> pb.PushResponse:
         answer = wire.checked(await call.read())

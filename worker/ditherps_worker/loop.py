@@ -65,10 +65,13 @@ class State:
         self._changed.set()
 
     async def changed(self) -> pb.WatchResponse:
-        """The newest state, once there is one that has not been seen; raises what broke the stream."""
+        """The newest state, once there is one that has not been seen; raises what broke the stream.
+
+        The end of the job is the last word: that the stream ends after it says nothing.
+        """
         await self._changed.wait()
         self._changed.clear()
-        if self.lost is not None:
+        if self.lost is not None and not self.latest.HasField("finished"):
             raise self.lost
         return self.latest
 
@@ -115,19 +118,22 @@ class Loop:
     async def _session(self) -> types_pb2.JobResult:
         joined = await self._client.join(self._lease_key)
         job = validated(JobConfig, _json_object(joined.job))
-        await self._prepare(job, joined)
         state = State()
-        background = [
-            asyncio.create_task(self._watch(state)),
-            asyncio.create_task(self._heartbeat(state, joined.heartbeat_seconds)),
-        ]
+        # Signs of life begin before the data is loaded: that may take longer than silence is borne.
+        background = [asyncio.create_task(self._heartbeat(state, joined.heartbeat_seconds))]
         try:
+            await self._prepare(job, joined)
+            background.append(asyncio.create_task(self._watch(state)))
             while True:
                 latest = await state.changed()
                 if latest.HasField("finished"):
                     return await self._finished(latest.finished)
                 if latest.HasField("opened"):
-                    await self._take_part(job, joined.index, latest.opened, state)
+                    try:
+                        await self._take_part(job, joined.index, latest.opened, state)
+                    except (UnreachableError, RefusedError):
+                        if not state.latest.HasField("finished"):
+                            raise
         except asyncio.CancelledError:
             with contextlib.suppress(UnreachableError, RefusedError):
                 await self._client.leave(Reason.INTERRUPTED)
@@ -143,7 +149,7 @@ class Loop:
         self._sent, self._held_version = None, None
         self._codec: Codec = make_codec(job.codec, **job.codec_options)
         for role in self._codec.roles:
-            kernels.warm(self._codec.for_role(role))
+            await asyncio.to_thread(kernels.warm, self._codec.for_role(role))
         self._computer = await asyncio.to_thread(self._make_computer, job, joined.index)
         layout = self._computer.model.layout
         if layout.digest != joined.layout_digest:
@@ -199,6 +205,8 @@ class Loop:
             if job.mode == "local":
                 self._held_version = None  # the local steps have changed the model in place
         newest = state.latest
+        if newest.HasField("finished"):
+            return
         if newest.HasField("opened") and (newest.opened.round, newest.opened.attempt) != (plan.round, plan.attempt):
             return  # too late: the round has gone on without us
         began = time.perf_counter()

@@ -188,7 +188,7 @@ def index_tiles(steps: NDArray[np.float32], n: int, scheme: Scheme, table: NDArr
     """
     limit = LARGEST / (0.5 * scheme.half + 1.0)
     for step in steps:
-        if not (step == 0.0 or (SMALLEST_STEP <= step and step <= limit)):
+        if not (step == 0.0 or (step >= SMALLEST_STEP and step <= limit)):
             return -1
     at: Int = np.int64(0)
     width = max(scheme.bucket, TILE)
@@ -227,7 +227,7 @@ def quantize(
     digits: NDArray[np.uint16],
     digit: Int,
 ) -> None:
-    """Digits floor(x/step + u + M + 1/2), clamped to 0 .. 2M: of x[lo:hi], from `lanes[lane]`, to `digits[digit]` on."""
+    """Digits floor(x/step + u + M + 1/2), clamped to 0 .. 2M: of x[lo:hi], from `lanes[lane]`, to `digits[digit]`."""
     source, random, target = x[lo:hi], lanes[lane:], digits[digit:]
     if half <= NARROW_HALF:
         scale = np.float32(65536.0 / step)
@@ -302,7 +302,7 @@ def encode(
             step = np.float64(steps[s // bucket])
             if step > 0.0:
                 if count == 0:
-                    fill_lanes(stream, lo, hi - lo, lanes, scratch)
+                    fill_lanes(stream, lo, hi - lo, lanes, scratch, x, hi)
                 end = min(s + segment, hi)
                 if ratio:
                     quantize_nested(x, s, end, step, half, ratio, alpha, lanes, s - lo, digits, indices, count)
@@ -422,7 +422,7 @@ def accumulate(
         entry = tile // width
         at = table[entry] + (tile - entry * width) // TILE * whole
         unpack(form, tiles, at, count, fields, wide, digits)
-        fill_lanes(stream, tile, hi - tile, lanes, scratch)
+        fill_lanes(stream, tile, hi - tile, lanes, scratch, into, hi - lo)
         done: Int = np.int64(0)
         for s in range(tile, hi, segment):
             step = np.float64(steps[s // bucket])

@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditherps.kernels.jit import Int, inlined, kernel
+from ditherps.kernels.prefetch import LINE, prefetch
 
 Stream: TypeAlias = tuple[int, int, int, int, int, int]
 
 TILE = 4096  # coordinates a dither tile holds: 512 counters of eight 16-bit lanes
 COLUMNS = TILE // 8
+BLOCK = 32  # columns between two requests for memory (measured)
 
 _LOW = np.uint64(0xFFFFFFFF)
 _M0 = np.uint64(0xD2511F53)
@@ -24,6 +26,7 @@ _W0 = np.uint64(0x9E3779B9)
 _W1 = np.uint64(0xBB67AE85)
 _16 = np.uint64(16)
 _32 = np.uint64(32)
+_C = tuple(np.uint64(COLUMNS * lane) for lane in range(8))
 
 
 @inlined
@@ -48,24 +51,44 @@ def _philox(stream: Stream, c0: np.uint64) -> tuple[np.uint64, np.uint64, np.uin
 
 
 @kernel
-def philox_tile(stream: Stream, tile: int, out: NDArray[np.uint16]) -> None:
-    """Write the 4096 lanes of dither tile `tile` to `out[:4096]`."""
+def philox_tile(stream: Stream, tile: int, out: NDArray[np.uint16], ahead: NDArray[np.float32], at: int) -> None:
+    """Write the 4096 lanes of dither tile `tile` to `out[:4096]`.
+
+    Meanwhile as much of `ahead` as a tile holds, from `ahead[at]` on, is asked for: what the caller reads next.
+    """
     first = np.uint64(tile) * np.uint64(COLUMNS)
-    for column in range(COLUMNS):
-        w0, w1, w2, w3 = _philox(stream, first + np.uint64(column))
-        out[column] = np.uint16(w0)
-        out[column + COLUMNS] = np.uint16(w0 >> _16)
-        out[column + 2 * COLUMNS] = np.uint16(w1)
-        out[column + 3 * COLUMNS] = np.uint16(w1 >> _16)
-        out[column + 4 * COLUMNS] = np.uint16(w2)
-        out[column + 5 * COLUMNS] = np.uint16(w2 >> _16)
-        out[column + 6 * COLUMNS] = np.uint16(w3)
-        out[column + 7 * COLUMNS] = np.uint16(w3 >> _16)
+    for block in range(0, COLUMNS, BLOCK):
+        near = at + 8 * block
+        for line in range(near, min(near + 8 * BLOCK, ahead.size), LINE):
+            prefetch(ahead, line)
+        for column in range(BLOCK):
+            # Unsigned, so that numba need not look for negative indices, and LLVM sees consecutive memory.
+            place = np.uint64(block) + np.uint64(column)
+            w0, w1, w2, w3 = _philox(stream, first + place)
+            out[place] = np.uint16(w0)
+            out[place + _C[1]] = np.uint16(w0 >> _16)
+            out[place + _C[2]] = np.uint16(w1)
+            out[place + _C[3]] = np.uint16(w1 >> _16)
+            out[place + _C[4]] = np.uint16(w2)
+            out[place + _C[5]] = np.uint16(w2 >> _16)
+            out[place + _C[6]] = np.uint16(w3)
+            out[place + _C[7]] = np.uint16(w3 >> _16)
 
 
 @kernel
-def fill_lanes(stream: Stream, offset: int, count: int, out: NDArray[np.uint16], scratch: NDArray[np.uint16]) -> None:
-    """Write the lanes of flat coordinates `start + offset ...` to `out[:count]`; `scratch` has room for one tile."""
+def fill_lanes(
+    stream: Stream,
+    offset: int,
+    count: int,
+    out: NDArray[np.uint16],
+    scratch: NDArray[np.uint16],
+    ahead: NDArray[np.float32],
+    at: int,
+) -> None:
+    """Write the lanes of flat coordinates `start + offset ...` to `out[:count]`; `scratch` has room for one tile.
+
+    `ahead` and `at` as in `philox_tile`.
+    """
     position = stream[5] + offset
     done = 0
     while done < count:
@@ -73,9 +96,9 @@ def fill_lanes(stream: Stream, offset: int, count: int, out: NDArray[np.uint16],
         inside = position - tile * TILE
         n = min(TILE - inside, count - done)
         if n == TILE:
-            philox_tile(stream, tile, out[done : done + TILE])
+            philox_tile(stream, tile, out[done : done + TILE], ahead, at)
         else:
-            philox_tile(stream, tile, scratch)
+            philox_tile(stream, tile, scratch, ahead, at)
             for i in range(n):
                 out[done + i] = scratch[inside + i]
         position += n

@@ -1,0 +1,267 @@
+"""Workers' loops and clients against a real server in the same event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ditherps import wire
+from ditherps.config import JobConfig, LocalConfig, SplitConfig, WorkerConfig
+from ditherps.errors import Reason, RefusedError, RunFailedError, UnreachableError
+from ditherps.metrics import WorkerMetrics
+from ditherps.tasks import Samples, Task
+from ditherps.v1 import types_pb2
+from ditherps_worker.client import Client, PushStats
+from ditherps_worker.compute import Computer, make_deterministic
+from ditherps_worker.loop import Loop
+from tests.service.inprocess import Peer, serving
+from tests.service.simulation import simulated
+from tests.tiny import Tiny
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+CPU = torch.device("cpu")
+STATS = PushStats(samples=8, loss=1.0, nmse=0.1, compute_seconds=0.0, encode_seconds=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    make_deterministic(1)
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+async def worker(address: str, name: str, task: Task | None = None, **options: Any) -> types_pb2.JobResult:
+    """One worker from Join to the end of the job."""
+    config = WorkerConfig(server=address, name=name, task="tiny", **{"connect_timeout_seconds": 5, **options})
+    client = Client(config, wire.WireMeter())
+
+    def make_computer(job: JobConfig, index: int) -> Computer:
+        return Computer(job, index, task or Tiny(), None, CPU)
+
+    try:
+        return await Loop(config, client, make_computer, WorkerMetrics("test")).run()
+    finally:
+        await client.close()
+
+
+JOBS: dict[str, dict[str, Any]] = {
+    "nested": {"codec": "ndqsg", "workers": 4, "model": "norm"},
+    "running": {"codec": "ndqsg", "codec_options": {"side": "running", "bucket": 64}, "workers": 3, "model": "norm"},
+    "local": {"codec": "dqsg", "workers": 3, "model": "norm", "mode": "local", "split": SplitConfig(kind="dirichlet"),
+              "local": LocalConfig(steps=3, momentum=0.5), "optimizer": {"lr": 1.0}},
+    "adam": {"codec": "bf16", "workers": 2, "model": "linear", "optimizer": {"name": "adam", "lr": 0.01}},
+    "rms": {"codec": "dqsg", "codec_options": {"step": "rms", "resolution": 0.7}, "workers": 2, "model": "linear",
+            "schedule": {"name": "cosine"}},
+    "none": {"codec": "none", "workers": 1, "model": "norm"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JOBS)
+async def test_a_run_over_the_wire_is_the_function_that_it_claims_to_be(tmp_path: Path, name: str) -> None:
+    """Whatever the order in which workers start and deliver, the model is the same, bit for bit."""
+    options = {"rounds": 4, **JOBS[name]}
+    found = []
+    for number, step in enumerate((1, -1)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        async with serving(folder, **options) as served:
+            names = served.job.member_table[::step]
+            results = await asyncio.gather(*(worker(served.address, one) for one in names))
+            run = await served.running
+            assert {result.model_sha256 for result in results} == {run.model_sha256}
+            assert (run.rounds, run.contributions) == (4, 4 * len(names))
+            assert [record["workers"] for record in served.records()] == [list(range(len(names)))] * 4
+            found.append(run.model_sha256)
+    assert found == [simulated(served.job, Tiny())] * 2
+    assert simulated(served.job.model_copy(update={"seed": 2}), Tiny()) != found[0]
+
+
+class Gated(Tiny):
+    """Computes only once it may; says when it has begun."""
+
+    def __init__(self) -> None:
+        self.begun, self.gate = threading.Event(), threading.Event()
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        self.begun.set()
+        assert self.gate.wait(30)
+        return super().loss(outputs, labels)
+
+
+@contextlib.asynccontextmanager
+async def slow_and_fast(tmp_path: Path, **options: Any) -> AsyncIterator[tuple[Any, Gated, Peer, asyncio.Task[Any]]]:
+    """A server, a worker that computes until its gate opens, and a raw one that has delivered round 0."""
+    gated = Gated()
+    async with serving(tmp_path, **options) as served, Peer(served.address) as peer:
+        slow = asyncio.create_task(worker(served.address, "worker-1", gated))
+        try:
+            await peer.join("worker-0")
+            plan = await peer.plan()
+            assert await asyncio.to_thread(gated.begun.wait, 20)
+            update = peer.update(plan)
+            assert (await peer.push(peer.header(plan, update), update)).HasField("accepted")
+            yield served, gated, peer, slow
+        finally:
+            gated.gate.set()
+            slow.cancel()
+            await asyncio.gather(slow, return_exceptions=True)
+
+
+async def test_a_worker_that_still_computes_when_the_job_ends_is_told_the_end(tmp_path: Path) -> None:
+    """The last round closes at its deadline without it; when it looks up, the server has gone."""
+    options = {"quorum": 0.5, "rounds": 1, "round_deadline_seconds": 0.5, "idle_timeout_seconds": 0.5}
+    async with slow_and_fast(tmp_path, **options) as (served, gated, _, slow):
+        result = await served.running
+        assert (result.rounds, result.contributions) == (1, 1)
+        assert not slow.done()
+        gated.gate.set()
+        told = await slow
+        assert (told.reason, told.model_sha256) == ("finished", result.model_sha256)
+
+
+async def test_a_worker_that_still_computes_when_the_server_is_stopped_knows_why(tmp_path: Path) -> None:
+    async with slow_and_fast(tmp_path) as (served, gated, _, slow):
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(RunFailedError):
+            await served.running
+        gated.gate.set()
+        with pytest.raises(RunFailedError) as ended:
+            await slow
+        assert ended.value.reason is Reason.INTERRUPTED
+
+
+async def test_a_worker_that_comes_too_late_for_a_round_takes_part_in_the_next(tmp_path: Path) -> None:
+    options = {"quorum": 0.5, "rounds": 2, "round_deadline_seconds": 1.0, "idle_timeout_seconds": 0.5}
+    async with slow_and_fast(tmp_path, **options) as (served, gated, peer, slow):
+        plan = await peer.plan()
+        while plan.round == 0:  # worker 1 gives signs of life, so the round waits for it up to its deadline
+            plan = await peer.plan()
+        gated.gate.set()
+        update = peer.update(plan)
+        assert (await peer.push(peer.header(plan, update), update)).HasField("accepted")
+        assert (await slow).reason == "finished"
+        first, second = served.records()
+        assert (first["workers"], first["absent"]) == ([0], {"1": "deadline"})
+        assert 0 in second["workers"]
+
+
+@contextlib.asynccontextmanager
+async def clients(address: str, count: int, chunk_bytes: int) -> AsyncIterator[list[Client]]:
+    """Clients of one session, which send small chunks."""
+    made: list[Client] = []
+    try:
+        config = WorkerConfig(server=address, name="worker-0", task="tiny")
+        made += [Client(config, wire.WireMeter()) for _ in range(count)]
+        joined = await made[0].join(b"")
+        joined.chunk_bytes = chunk_bytes
+        for client in made:
+            client._joined = joined
+        yield made
+    finally:
+        for client in made:
+            await client.close()
+
+
+async def test_a_client_that_is_refused_while_it_sends_learns_the_reason(tmp_path: Path) -> None:
+    """Streams of one content that supersede each other in the middle: all end with an answer, none with a mystery."""
+    async with (
+        serving(tmp_path, model="wide", codec="none", metrics=True) as served,
+        Peer(served.address) as other,
+        clients(served.address, 6, chunk_bytes=100) as senders,
+    ):
+        await other.join("worker-1")
+        plan = await other.plan()
+        other.joined.index = 0
+        update = other.update(plan, codec="none")
+        work = [client.push(plan, update, b"", STATS) for client in senders]
+        answers = await asyncio.gather(*work, return_exceptions=True)
+        for answer in answers:
+            assert answer is True or (isinstance(answer, RefusedError) and answer.reason is Reason.SUPERSEDED), answer
+        assert True in answers
+        assert await served.metric("ditherps_contributions_total") == 1
+
+
+async def test_a_client_whose_round_has_gone_on_is_told_so_not_refused(tmp_path: Path) -> None:
+    async with serving(tmp_path, workers=1) as served, clients(served.address, 1, 1000) as (client,):
+        async for state in client.watch():
+            if state.HasField("opened"):
+                break
+        peer = Peer(served.address)
+        peer.joined = client._joined
+        update = peer.update(state.opened)
+        assert await client.push(state.opened, update, b"", STATS)
+        async for later in client.watch():
+            if later.version > 0:
+                break
+        assert not await client.push(state.opened, update, b"", STATS)
+        await peer.channel.close()
+
+
+class SlowToLoad(Tiny):
+    """Takes its time to load; says when it has begun."""
+
+    def __init__(self) -> None:
+        self.begun, self.gate = threading.Event(), threading.Event()
+
+    def load(self, data_dir: Path | None, *, train: bool) -> Samples:
+        self.begun.set()
+        assert self.gate.wait(30)
+        return super().load(data_dir, train=train)
+
+
+async def test_a_worker_that_loads_its_data_for_long_is_not_silent(tmp_path: Path) -> None:
+    task, limit = SlowToLoad(), 0.6
+    async with (
+        serving(tmp_path, idle_timeout_seconds=limit, rounds=1, workers=1) as served,
+        Peer(served.address) as peer,
+    ):
+        slow = asyncio.create_task(worker(served.address, "worker-0", task))
+        try:
+            assert await asyncio.to_thread(task.begun.wait, 20)
+            began = time.monotonic()
+            while time.monotonic() < began + 3 * limit:
+                assert await peer.states() == ["computing"]
+                await asyncio.wait([slow], timeout=0.02)
+        finally:
+            task.gate.set()
+            assert (await slow).reason == "finished"
+
+
+async def test_a_server_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:1: "):
+        await worker("127.0.0.1:1", "worker-0", connect_timeout_seconds=0.5)
+
+
+async def test_a_name_that_is_not_a_member(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        with pytest.raises(RefusedError) as refused:
+            await worker(served.address, "eve")
+        assert refused.value.reason is Reason.UNKNOWN_MEMBER
+
+
+class Other(Tiny):
+    models = {"linear": Tiny.models["norm"]}  # noqa: RUF012
+
+
+async def test_a_model_that_is_not_the_servers(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served, Peer(served.address) as peer:
+        with pytest.raises(
+            RefusedError, match="108 parameters and 72 bytes of buffers, the server's 28 and 0"
+        ) as refused:
+            await worker(served.address, "worker-0", Other())
+        assert refused.value.reason is Reason.LAYOUT_MISMATCH
+        assert await peer.states() == ["layout_mismatch"]
