@@ -44,6 +44,7 @@ class Progress:
 
     def __init__(self, job: JobConfig) -> None:
         self.job = job
+        self.first: Mapping[str, Any] = {}
         self.last: Mapping[str, Any] = {}
         self.accuracy: float | None = None
         self.tiles = self.failed_tiles = 0
@@ -51,6 +52,7 @@ class Progress:
 
     def add(self, record: Mapping[str, Any]) -> None:
         """One more round."""
+        self.first = self.first or record
         self.last = record
         if record["test_accuracy"] is not None:
             self.accuracy = record["test_accuracy"]
@@ -64,10 +66,11 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace up to now."""
-        if not self.rounds:
+        """At the pace since the first round closed: that one includes what workers load before they begin."""
+        if self.rounds < 2:
             return None
-        return float(self.last["elapsed_seconds"]) / self.rounds * (self.job.rounds - self.rounds)
+        seconds = self.last["elapsed_seconds"] - self.first["elapsed_seconds"]
+        return float(seconds) / (self.rounds - 1) * (self.job.rounds - self.rounds)
 
     @property
     def failed_share(self) -> float | None:

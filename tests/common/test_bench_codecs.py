@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from ditherps.bench import codecs as bench
+from ditherps.bench.commands import bench as commands
 from ditherps.errors import OptionError
 
 KEYS = {
@@ -25,6 +25,7 @@ KEYS = {
     "accumulate_coordinates_per_second",
     "copy_coordinates_per_second",
     "cpu",
+    "instructions",
 }
 
 
@@ -42,9 +43,9 @@ def test_records_hold_what_they_promise() -> None:
 
 
 def test_json_is_the_last_line() -> None:
-    app = typer.Typer()
-    app.command()(bench.command)
-    result = CliRunner().invoke(app, ["--codec", "dqsg:levels=3", "--coordinates", "5000", "--repeats", "1", "--json"])
+    result = CliRunner().invoke(
+        commands, ["codecs", "--codec", "dqsg:levels=3", "--coordinates", "5000", "--repeats", "1", "--json"]
+    )
     assert result.exit_code == 0, result.output
     records = json.loads(result.stdout.strip().splitlines()[-1])
     assert records[0]["options"]["levels"] == 3.0

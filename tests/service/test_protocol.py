@@ -495,9 +495,10 @@ class TestWhileAContentIsChecked:
         gate = Gate(monkeypatch, "validate")
         async with opened(tmp_path, metrics=True) as (served, a, _, plan):
             update = a.update(plan)
-            pushes = [asyncio.create_task(a.push(a.header(plan, update), update)) for _ in range(2)]
-            await gate.holds()
-            await gate.holds()
+            pushes = []
+            for _ in range(2):
+                pushes.append(asyncio.create_task(a.push(a.header(plan, update), update)))
+                await gate.holds()
             gate.open.set()
             answers = await asyncio.gather(*pushes)
             assert all(answer.HasField("accepted") for answer in answers)
@@ -632,8 +633,9 @@ class TestWatch:
 
     async def test_a_newer_watch_ends_the_older(self, tmp_path: Path) -> None:
         async with opened(tmp_path) as (_, a, _, _):
-            older, newer = a.watch(), a.watch()
+            older = a.watch()
             assert wire.checked(await older.read()).HasField("opened")
+            newer = a.watch()
             assert wire.checked(await newer.read()).HasField("opened")
             assert await older.read() is grpc.aio.EOF
 

@@ -7,22 +7,24 @@ to float32, memory touched before) in the same run: an absolute speed says littl
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
-from rich.console import Console
 from rich.table import Table
 
 from ditherps.codecs import Codec, codec
 from ditherps.dither import Address, Domain
-from ditherps.errors import OptionError
+from ditherps.errors import OptionError, UserError
 from ditherps.kernels import warm
 
 DEFAULT_CODECS = (
@@ -35,6 +37,8 @@ DEFAULT_CODECS = (
     "dqsg:step=rms,resolution=0.5",
     "ndqsg:levels=3,ratio=3",
 )
+AVX2_CPU = "x86-64-v3"
+AVX2_FEATURES = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt,+sse3,+ssse3,+sse4.1,+sse4.2,+xsave"
 _ADDRESS = Address(seed=2024, round=1, sender=0, domain=Domain.UPDATE)
 _SIDE_NOISE = 0.1  # standard deviation of the side information around the source, of unit variance
 
@@ -98,6 +102,7 @@ def measure(used: Codec, x: torch.Tensor, side: torch.Tensor, repeats: int) -> d
         "accumulate_coordinates_per_second": n / accumulate,
         "copy_coordinates_per_second": n / copy,
         "cpu": _cpu(),
+        "instructions": "avx2" if os.environ.get("NUMBA_CPU_NAME") == AVX2_CPU else "native",
     }
 
 
@@ -130,38 +135,48 @@ def run(
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
-    """The records for people."""
-    result = Table(title=f"{records[0]['coordinates']} Gaussian coordinates, one thread, {records[0]['cpu']}")
-    columns = ("codec", "options", "bits", "NMSE", "bias z", "encode", "accumulate", "Gcoord/s enc", "acc", "copy")
-    for column in columns:
-        result.add_column(column, justify="left" if column in ("codec", "options") else "right")
+    """The records for people; speeds as ratios to the copy."""
+    first = records[0]
+    result = Table(title=f"{first['coordinates']:,} Gaussian coordinates, one thread, {first['cpu']}")
+    for column in ("codec", "kernels"):
+        result.add_column(column)
+    for column in ("bits", "NMSE", "bias z", "encode", "accumulate", "copy, G/s"):
+        result.add_column(column, justify="right", no_wrap=True)
     for record in records:
-        options = ", ".join(f"{k}={v}" for k, v in record["options"].items() if v is not None)
         result.add_row(
-            record["codec"],
-            options,
+            _label(record["codec"], record["options"]),
+            record["instructions"],
             f"{record['bits_per_coordinate']:.3f}",
             f"{record['nmse']:.4g}",
             f"{record['bias_z']:+.1f}",
             f"{record['encode_ratio']:.2f}",
             f"{record['accumulate_ratio']:.2f}",
-            f"{record['encode_coordinates_per_second'] / 1e9:.2f}",
-            f"{record['accumulate_coordinates_per_second'] / 1e9:.2f}",
             f"{record['copy_coordinates_per_second'] / 1e9:.2f}",
         )
     return result
 
 
-def command(
-    codecs: Annotated[
-        list[str] | None, typer.Option("--codec", help="name or name:option=value,...; may be given several times")
-    ] = None,
-    coordinates: Annotated[int, typer.Option(help="length of the vector")] = 1 << 24,
-    repeats: Annotated[int, typer.Option(help="timings of each step; their median is shown")] = 9,
-    as_json: Annotated[bool, typer.Option("--json", help="print the records as JSON in the last line")] = False,
-) -> None:
-    """Measure bits, error and speed of codecs, against a plain copy of the same vector."""
-    records = run(codecs or DEFAULT_CODECS, coordinates, repeats)
-    Console(stderr=as_json).print(table(records))
-    if as_json:
-        print(json.dumps(records))
+def _label(name: str, options: dict[str, Any]) -> str:
+    """A codec with the options that are not its defaults."""
+    usual = codec(name).options.model_dump()
+    return " ".join([name, *(f"{key}={value}" for key, value in options.items() if value != usual[key])])
+
+
+def run_avx2(codecs: Sequence[str], coordinates: int, repeats: int) -> list[dict[str, Any]]:
+    """The records of `run` in a process whose kernels are compiled for AVX2 alone (x86-64-v3).
+
+    Raises `UserError` where that process fails, as on a processor of another kind.
+    """
+    with tempfile.TemporaryDirectory(prefix="ditherps-avx2-") as cache:
+        names = [argument for spec in codecs for argument in ("--codec", spec)]
+        numbers = ["--coordinates", str(coordinates), "--repeats", str(repeats)]
+        # Naming the processor alone would leave the features of this one switched on.
+        limited = {"NUMBA_CPU_NAME": AVX2_CPU, "NUMBA_CPU_FEATURES": AVX2_FEATURES, "NUMBA_CACHE_DIR": cache}
+        done = subprocess.run(
+            [sys.executable, "-m", "ditherps", "bench", "codecs", "--json", *names, *numbers],
+            env=os.environ | limited, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        raise UserError(f"the AVX2 benchmark failed: {done.stderr.strip().rsplit(chr(10), 1)[-1]}")
+    records: list[dict[str, Any]] = json.loads(done.stdout.rstrip().rsplit("\n", 1)[-1])
+    return records

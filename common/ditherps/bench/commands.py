@@ -13,6 +13,33 @@ bench = typer.Typer(no_args_is_help=True, help="Measure codecs and rounds on thi
 
 
 @bench.command()
+def codecs(
+    codec: Annotated[
+        list[str] | None,
+        typer.Option("--codec", help="NAME or NAME:option=value,..., repeatable [a selection].", show_default=False),
+    ] = None,
+    coordinates: Annotated[int, typer.Option(help="Length of the vector.")] = 1 << 24,
+    repeats: Annotated[int, typer.Option(help="Timings of each step; their median is shown.")] = 9,
+    avx2: Annotated[
+        bool, typer.Option("--avx2", help="The same for AVX2 alone beside it, in another process.")
+    ] = False,
+    json_: options.Json = False,
+) -> None:
+    """Bits, error and speed of codecs on one thread, beside a plain copy of the same vector in the same run."""
+    from rich.console import Console
+
+    from ditherps.bench.codecs import DEFAULT_CODECS, run, run_avx2, table
+
+    chosen = codec or list(DEFAULT_CODECS)
+    records = run(chosen, coordinates, repeats)
+    if avx2:
+        records += run_avx2(chosen, coordinates, repeats)
+    Console().print(table(records))
+    if json_:
+        print(json.dumps(records), flush=True)
+
+
+@bench.command()
 def rounds(
     codecs: Annotated[list[str] | None, typer.Argument(help="Codecs [none, dqsg].", show_default=False)] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 4,
