@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ditherps.config import WORKER_NAME
 from ditherps.errors import Reason, RefusedError
 from ditherps.v1 import types_pb2
+
+LARGEST_LEASE_KEY_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +33,23 @@ class Members:
         self._job_id = job_id
         self._server_epoch = server_epoch
         self._sessions: dict[int, Session] = {}
-        self._by_number: dict[int, Session] = {}
+        self._count = 0
 
     def join(self, name: str, lease_key: bytes, *, occupied: frozenset[int]) -> Session:
         """A new session for `name`, which ends the one before; `occupied` are the indices that are present.
 
         Raises `RefusedError`: `unknown_member` for a name that is not in the table, `members_full` when none is free.
         """
+        if len(lease_key) > LARGEST_LEASE_KEY_BYTES:
+            raise RefusedError(Reason.SIZE, f"a lease key of {len(lease_key)} bytes, more than {LARGEST_LEASE_KEY_BYTES}")
+        if name and not WORKER_NAME.fullmatch(name):
+            raise RefusedError(Reason.NAME_INVALID, f"{name!r} is not a worker name; allowed: {WORKER_NAME.pattern}")
         index = self._lease(lease_key, occupied) if not name else self._index.get(name, -1)
         if index < 0:
             shown = ", ".join(self.names[:4]) + (", ..." if len(self.names) > 4 else "")
             raise RefusedError(Reason.UNKNOWN_MEMBER, f"{name!r} is not a member of this job; members: {shown}")
-        session = Session(index, len(self._by_number) + 1, lease_key)
-        self._sessions[index] = self._by_number[session.number] = session
+        self._count += 1
+        session = self._sessions[index] = Session(index, self._count, lease_key)
         return session
 
     def _lease(self, lease_key: bytes, occupied: frozenset[int]) -> int:
@@ -69,9 +76,9 @@ class Members:
             raise RefusedError(
                 Reason.WRONG_EPOCH, f"the server is in epoch {self._server_epoch}, not {fence.server_epoch}: join again"
             )
-        session = self._by_number.get(fence.session)
-        if session is None:
-            raise RefusedError(Reason.NOT_JOINED, "no such session: join first")
-        if self._sessions[session.index] is not session:
-            raise RefusedError(Reason.SUPERSEDED, f"{self.names[session.index]} has joined again since")
-        return session
+        for session in self._sessions.values():
+            if session.number == fence.session:
+                return session
+        if 0 < fence.session <= self._count:
+            raise RefusedError(Reason.SUPERSEDED, "this worker has joined again since")
+        raise RefusedError(Reason.NOT_JOINED, "no such session: join first")

@@ -46,7 +46,7 @@ class Rules:
 
     def needed(self, invited: int) -> int:
         """Contributions that a quorum of `invited` workers takes."""
-        return math.ceil(self.quorum * invited)
+        return _ceiling(self.quorum * invited)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,8 @@ class State:
     members: Mapping[int, Member] = field(default_factory=dict)
     plan: Plan | None = None
     """The open round's plan; while waiting, that of the attempt that was abandoned last, if any."""
+    encoded: Mapping[int, Role] = field(default_factory=dict)
+    """Roles in which workers may have encoded for the present round and attempt."""
     delivered: frozenset[int] = frozenset()
     evaluated: bool = False
     abandoned: int = 0
@@ -281,11 +283,9 @@ def _try_open(rules: Rules, state: State, now: float) -> tuple[State, tuple[Acti
 def _open(rules: Rules, state: State, invited: tuple[int, ...], now: float) -> tuple[State, tuple[Action, ...]]:
     roles = assign_roles(invited, rules.source_fraction)
     evaluator = _evaluator(rules, state)
-    before = state.plan
-    attempt = 0
-    if before is not None:
-        changed = any(before.roles.get(index, role) != role for index, role in roles.items())
-        attempt = before.attempt + changed
+    attempt, encoded = (0, {}) if state.plan is None else (state.plan.attempt, state.encoded)
+    if any(encoded.get(index, role) != role for index, role in roles.items()):
+        attempt, encoded = attempt + 1, {}
     plan = Plan(state.round, attempt, state.version, roles, evaluator, now, now + rules.round_deadline_seconds)
     opened = replace(state, phase=Phase.OPEN, since=now, plan=plan, delivered=frozenset(), evaluated=evaluator is None)
     return opened, (OpenRound(plan),)
@@ -293,8 +293,13 @@ def _open(rules: Rules, state: State, invited: tuple[int, ...], now: float) -> t
 
 def assign_roles(invited: tuple[int, ...], source_fraction: float) -> dict[int, Role]:
     """Roles of the invited workers (indices, ascending): the first share are sources (algorithms.md, section 1.2)."""
-    sources = max(1, math.ceil(source_fraction * len(invited)))
+    sources = max(1, _ceiling(source_fraction * len(invited)))
     return {index: Role.SOURCE if place < sources else Role.NESTED for place, index in enumerate(invited)}
+
+
+def _ceiling(value: float) -> int:
+    """The ceiling, for a product that may have been rounded up: 0.55 * 20 is 11."""
+    return math.ceil(value - 1e-9)
 
 
 def _evaluator(rules: Rules, state: State) -> int | None:
@@ -350,7 +355,7 @@ def _abandon(rules: Rules, state: State, reason: Reason, now: float) -> tuple[St
 
 
 def _advance(rules: Rules, state: State, now: float) -> tuple[State, tuple[Action, ...]]:
-    state = replace(state, phase=Phase.WAITING, since=now, plan=None, delivered=frozenset(), abandoned=0)
+    state = replace(state, phase=Phase.WAITING, since=now, plan=None, encoded={}, delivered=frozenset(), abandoned=0)
     if state.round < rules.rounds:
         return _try_open(rules, state, now)
     if state.round == rules.rounds and _evaluator(rules, state) is not None:

@@ -254,7 +254,9 @@ def test_an_interrupt_ends_everything(tmp_path: Path, name: signal.Signals, roun
         process.send_signal(name)
         output, error = process.communicate(timeout=30)
     finally:
-        process.kill()
+        if process.poll() is None:  # it has processes of its own to end
+            process.terminate()
+            process.communicate(timeout=30)
     assert process.returncode == ExitCode.INTERRUPTED, error
     assert time.monotonic() - began < 20
     assert processes(folder) == []
