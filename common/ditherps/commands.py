@@ -41,8 +41,8 @@ def local(
     from ditherps.local import run_local
 
     flags = options.job_flags(task, model, workers, rounds, codec, codec_option, mode, seed, set_)
-    job = resolve_job(flags, config).config
-    folder = run_dir or options.default_run_dir(job.task, job.codec)
+    job = resolve_job(flags, config)
+    folder = run_dir or options.default_run_dir(job.config.task, job.config.codec)
     result, exit_code = run_local(job, folder, data_dir, verbose=verbose)
     if json_ and result is not None:
         print(json.dumps(result), flush=True)

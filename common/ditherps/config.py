@@ -112,8 +112,8 @@ class JobConfig(_Config):
 
     @model_validator(mode="after")
     def _members_named(self) -> JobConfig:
-        if self.members and len(set(self.members)) != self.workers:
-            raise ValueError(f"members names {len(set(self.members))} workers, but workers = {self.workers}")
+        if self.members and not len(self.members) == len(set(self.members)) == self.workers:
+            raise ValueError(f"members must name each worker once: {len(self.members)} names, workers = {self.workers}")
         for name in self.members:
             if not WORKER_NAME.fullmatch(name):
                 raise ValueError(f"members: {name!r} is not a worker name; allowed: {WORKER_NAME.pattern}")
@@ -181,12 +181,15 @@ class WorkerConfig(_Config):
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def validated(model: type[Model], values: Mapping[str, Any]) -> Model:
-    """`values` as a `model`; raises `OptionError` with the first wrong option's name, its value and what is allowed."""
+def validated(model: type[Model], values: Mapping[str, Any], prefix: str = "") -> Model:
+    """`values` as a `model`; raises `OptionError` with the first wrong option's name, its value and what is allowed.
+
+    `prefix` stands before the option's name.
+    """
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise option_error(error, allowed_options=model) from None
+        raise option_error(error, allowed_options=model, prefix=prefix) from None
 
 
 def option_error(

@@ -153,4 +153,5 @@ class RunFailedError(DitherpsError):
             Reason.JOIN_TIMEOUT: ExitCode.JOIN_TIMEOUT,
             Reason.IDLE_TIMEOUT: ExitCode.JOIN_TIMEOUT,
             Reason.INTERRUPTED: ExitCode.INTERRUPTED,
+            Reason.INTERNAL: ExitCode.INTERNAL,
         }.get(reason, ExitCode.ROUND_FAILED)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ditherps.codecs import codec as make_codec
-from ditherps.config import JobConfig, merged, read_job_file, validated
+from ditherps.config import JobConfig, ServerConfig, WorkerConfig, merged, read_job_file, validated
+from ditherps.errors import OptionError
 from ditherps.tasks import Recipe, Task, load_task
 
 
@@ -29,6 +30,8 @@ def resolve_job(flags: Mapping[str, Any], path: Path | None = None) -> ResolvedJ
     """
     file = read_job_file(path) if path is not None else {}
     server, worker = file.pop("server", {}), file.pop("worker", {})
+    validated(ServerConfig, {"run_dir": Path(), **_table("server", server)}, prefix="server.")
+    validated(WorkerConfig, _table("worker", worker), prefix="worker.")
     given = {key: value for key, value in flags.items() if value is not None}
     if "codec" in given and given["codec"] != file.get("codec", given["codec"]):
         file.pop("codec_options", None)  # they are another codec's
@@ -38,6 +41,12 @@ def resolve_job(flags: Mapping[str, Any], path: Path | None = None) -> ResolvedJ
     job = validated(JobConfig, merged(_defaults(recipe, asked), asked))
     make_codec(job.codec, **job.codec_options)
     return ResolvedJob(job, task, server, worker)
+
+
+def _table(name: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise OptionError(name, value, f"a table: [{name}]")
+    return value
 
 
 def _defaults(recipe: Recipe, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,10 +20,12 @@ from ditherps import kernels
 from ditherps.codecs import codec as make_codec
 from ditherps.config import JobConfig
 from ditherps.errors import ExitCode, UnreachableError
+from ditherps.job import ResolvedJob
 from ditherps.summary import print_summary
 from ditherps.view import SilentView, View, view
 
 POLL_SECONDS = 0.05
+LAUNCH_FILE = "launch.toml"
 START_SECONDS = 120.0
 STOP_SECONDS = 15.0
 
@@ -32,26 +34,53 @@ class _InterruptedError(Exception):
     """The person, or the system, wants an end."""
 
 
+class _Signals:
+    """Notes that an end is wanted; whoever waits looks here, so nothing is torn in the middle of a step."""
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._before[name] = signal.signal(name, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+    def _note(self, _: int, __: FrameType | None) -> None:
+        self.wanted = True
+
+    def pause(self) -> None:
+        """Wait a moment; raises `_InterruptedError` if an end is wanted."""
+        if self.wanted:
+            raise _InterruptedError
+        time.sleep(POLL_SECONDS)
+
+
 def run_local(
-    job: JobConfig, run_dir: Path, data_dir: Path | None, *, verbose: bool = False, quiet: bool = False
+    resolved: ResolvedJob, run_dir: Path, data_dir: Path | None, *, verbose: bool = False, quiet: bool = False
 ) -> tuple[dict[str, Any] | None, int]:
     """Run a job to its end; returns the result (None if there is none) and the exit code.
 
-    Leaves no process behind, whatever happens. Logs of the processes are in the run folder. `quiet` shows errors only.
+    Leaves no process behind. Logs of the processes are in the run folder. `quiet` shows errors only.
     """
+    job = resolved.config
     run_dir.mkdir(parents=True, exist_ok=True)
     for leftover in ("server.json", "result.json", "rounds.jsonl"):
         (run_dir / leftover).unlink(missing_ok=True)
-    (run_dir / "job.toml").write_text(tomli_w.dumps(job.model_dump(mode="json")))
+    file = {**job.model_dump(mode="json"), "server": dict(resolved.server), "worker": dict(resolved.worker)}
+    (run_dir / LAUNCH_FILE).write_text(tomli_w.dumps(file))
     shown = SilentView() if quiet else view(job)
-    with _signals(), contextlib.ExitStack() as stack:
-        processes = stack.enter_context(_Processes(run_dir))
+    with _Signals() as signals, _Processes(run_dir) as processes:
         try:
             shown.note(f"run folder {run_dir}")
             _warm(job, shown)
-            _start(job, run_dir, data_dir, processes, verbose=verbose)
+            _start(job, run_dir, data_dir, processes, signals, verbose=verbose)
             with shown:
-                code = _follow(run_dir, processes, shown)
+                code = _follow(run_dir, processes, signals, shown)
         except _InterruptedError:
             shown.note("interrupted: ending the server and its workers")
             processes.end()
@@ -116,52 +145,64 @@ class _Processes:
             process.wait()
 
 
-def _start(job: JobConfig, run_dir: Path, data_dir: Path | None, processes: _Processes, *, verbose: bool) -> None:
-    shared = ["--data-dir", str(data_dir)] if data_dir else []
+def _start(
+    job: JobConfig,
+    run_dir: Path,
+    data_dir: Path | None,
+    processes: _Processes,
+    signals: _Signals,
+    *,
+    verbose: bool,
+) -> None:
+    shared = ["--config", str(run_dir / LAUNCH_FILE)]
+    shared += ["--data-dir", str(data_dir)] if data_dir else []
     shared += ["--verbose"] if verbose else []
-    processes.server = processes.start(
-        "server",
-        ["server", "--config", str(run_dir / "job.toml"), "--port", "0", "--metrics-port", "0",
-         "--run-dir", str(run_dir), *shared],
-    )  # fmt: skip
+    ports = ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
+    processes.server = processes.start("server", ["server", *ports, "--run-dir", str(run_dir), *shared])
     limit = time.monotonic() + START_SECONDS
     while not (run_dir / "server.json").exists():
         if processes.server.poll() is not None:
             raise _failed(run_dir, "server", processes.server.returncode)
         if time.monotonic() > limit:
             raise UnreachableError(f"the server did not start within {START_SECONDS:g} s; see {run_dir / 'server.log'}")
-        time.sleep(POLL_SECONDS)
+        signals.pause()
     address = json.loads((run_dir / "server.json").read_text())["address"]
     for name in job.member_table:
         arguments = ["worker", "--server", address, "--name", name, "--task", job.task, *shared]
         processes.workers[name] = processes.start(name, arguments)
 
 
-def _follow(run_dir: Path, processes: _Processes, shown: View) -> int:
-    """Show rounds as they close, until the server ends; returns its exit code."""
-    assert processes.server is not None
-    warned: set[str] = set()
+def _follow(run_dir: Path, processes: _Processes, signals: _Signals, shown: View) -> int:
+    """Show rounds as they close, until the server ends; returns its exit code.
+
+    Raises what a worker said last when all of them have ended and the server still waits.
+    """
+    server, workers = processes.server, processes.workers
+    assert server is not None
+    noted: set[str] = set()
+    limit = math.inf
     with (run_dir / "rounds.jsonl").open() as records:
         while True:
-            ended = processes.server.poll() is not None
+            ended = server.poll() is not None
             for record in _lines(records):
                 shown.show(record)
             if ended:
                 break
-            for name, process in processes.workers.items():
-                if process.poll() not in (None, ExitCode.OK) and name not in warned:
-                    warned.add(name)
-                    shown.note(f"{_failed(run_dir, name, process.returncode)}")
-            if len(warned) == len(processes.workers):
-                raise _failed(run_dir, min(warned), processes.workers[min(warned)].returncode)
-            time.sleep(POLL_SECONDS)
+            for name, process in workers.items():
+                if process.poll() not in (None, ExitCode.OK) and name not in noted:
+                    noted.add(name)
+                    shown.note(str(_failed(run_dir, name, process.returncode)))
+            if limit == math.inf and all(process.poll() is not None for process in workers.values()):
+                limit = time.monotonic() + STOP_SECONDS  # the server may be at its plots
+            if time.monotonic() > limit and noted:
+                raise _failed(run_dir, min(noted), workers[min(noted)].returncode)
+            signals.pause()
     limit = time.monotonic() + STOP_SECONDS
     while processes.running and time.monotonic() < limit:
         time.sleep(POLL_SECONDS)
-    code = processes.server.returncode
-    if code != ExitCode.OK:
-        shown.note(str(_failed(run_dir, "server", code)))
-    return code
+    if server.returncode != ExitCode.OK:
+        shown.note(str(_failed(run_dir, "server", server.returncode)))
+    return server.returncode
 
 
 def _lines(file: IO[str]) -> Iterator[dict[str, Any]]:
@@ -188,23 +229,6 @@ def _failed(run_dir: Path, name: str, code: int) -> _ProcessFailedError:
     said = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
     last = said[-1].removeprefix("error: ") if said else "it said nothing"
     return _ProcessFailedError(f"{name} ended with exit code {code}: {last}", code)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """SIGINT and SIGTERM raise `_InterruptedError`, once; then they are ignored until the end, which is bounded."""
-
-    def interrupt(_: int, __: FrameType | None) -> None:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, signal.SIG_IGN)
-        raise _InterruptedError
-
-    before = {name: signal.signal(name, interrupt) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
 
 
 def _closing(run_dir: Path, code: int, *, quiet: bool) -> tuple[dict[str, Any] | None, int]:

@@ -78,6 +78,9 @@ class ServerMetrics(_Metrics):
         self.decode_ambiguities = self._counter(
             "decode_ambiguities", "Nested tiles whose checksum did not match: decoded to the wrong coset."
         )
+        self.nested_failure_ratio = self._gauge(
+            "nested_failure_ratio", "Share of nested tiles of this run that failed (0 to 1)."
+        )
         self.train_loss = self._gauge("train_loss", "Mean training loss of the last closed round.")
         self.test_loss = self._gauge("test_loss", "Test loss of the last evaluation.")
         self.test_accuracy = self._gauge("test_accuracy", "Test accuracy (0 to 1) of the last evaluation.")

@@ -13,8 +13,9 @@ from ditherps.config import assignments, merged
 JOB, RUN = "Job", "This machine"
 
 
-def _option(*flags: str, env: str, text: str, panel: str = JOB) -> typer.models.OptionInfo:
-    info = typer.Option(*flags, envvar=f"DITHERPS_{env}", help=text, rich_help_panel=panel, show_default=False)
+def _option(*flags: str, env: str | None, text: str, panel: str = JOB) -> typer.models.OptionInfo:
+    envvar = f"DITHERPS_{env}" if env else None
+    info = typer.Option(*flags, envvar=envvar, help=text, rich_help_panel=panel, show_default=False)
     assert isinstance(info, typer.models.OptionInfo)
     return info
 
@@ -38,7 +39,7 @@ Mode = Annotated[
 Seed = Annotated[int | None, _option("--seed", env="SEED", text="Seed of everything random, dither included [1].")]
 Set = Annotated[
     list[str] | None,
-    _option("--set", env="SET", text="NAME=VALUE, repeatable: any option of the job file, as in optimizer.lr=0.1."),
+    _option("--set", env=None, text="NAME=VALUE, repeatable: any option of the job file, as in optimizer.lr=0.1."),
 ]
 Config = Annotated[
     Path | None, _option("--config", env="CONFIG", text="Job file (TOML); flags and environment beat it.")
@@ -103,7 +104,8 @@ def job_flags(
         "task": task, "model": model, "workers": workers, "rounds": rounds, "codec": codec, "mode": mode, "seed": seed,
         "codec_options": assignments(codec_option or [], "--codec-option") or None,
     }  # fmt: skip
-    return merged(assignments(set_ or [], "--set"), {key: value for key, value in named.items() if value is not None})
+    # `--set` has no environment variable, so it beats what the others may have from theirs.
+    return merged({key: value for key, value in named.items() if value is not None}, assignments(set_ or [], "--set"))
 
 
 def default_run_dir(task: str, codec: str) -> Path:

@@ -31,7 +31,10 @@ def plot_run(run_dir: Path) -> list[Path]:
     if not records:
         return []
     title = f"{result['task']}, {result['codec']}, {result['workers']} workers"
+    paths = [_round_bits(run_dir, records, title)]
     points = _evaluations(records, result)
+    if not points:
+        return paths
     accuracy = [point[2] for point in points]
     figure = Figure(_SIZE, layout="constrained")
     axes = figure.subplots()
@@ -39,7 +42,7 @@ def plot_run(run_dir: Path) -> list[Path]:
     axes.plot(up, accuracy, "o-", ms=3, color=_COLORS[0], label="uplink")
     axes.plot(both, accuracy, "o-", ms=3, color=_COLORS[1], label="uplink + downlink")
     _accuracy_axes(axes, title, "bits sent by then (Mbit)", first=up[min(1, len(up) - 1)])
-    return [_save(figure, run_dir / "accuracy_bits.png"), _round_bits(run_dir, records, title)]
+    return [_save(figure, run_dir / "accuracy_bits.png"), *paths]
 
 
 def plot_comparison(run_dirs: Sequence[Path], path: Path) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,6 +46,8 @@ def weighted_mean(
     nested = ordered[len(sources) :]
     if nested and not sources:
         raise RefusedError(Reason.NO_SIDE_INFORMATION, "nested contributions without any source to decode them with")
+    total = sum(sender.weight for sender in ordered)
+    sources, nested = ([replace(sender, weight=sender.weight / total) for sender in part] for part in (sources, nested))
     unit = max([TILE * CHUNK_TILES, *(sender.codec.chunk_coordinates for sender in ordered)])
     spans = [(first, min(first + unit, len(into))) for first in range(0, len(into), unit)]
 
@@ -77,7 +79,6 @@ def _add_chunk(
             sender.encoded, sender.address, total, sender.weight, span, side_information=side
         )
         weight += sender.weight
-    total.div_(weight)
     return report
 
 

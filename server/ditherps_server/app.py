@@ -75,7 +75,9 @@ async def serve(
         job, rules_of(job, codec, server_evaluates=evaluator is not None), model, updater, evaluator,
         Members(job.member_table, job_id, epoch), recorder, metrics, meter,
     )  # fmt: skip
-    interceptor = ErrorInterceptor(meter, lambda reason: metrics.refused_rpcs.labels(reason.value).inc())
+    interceptor = ErrorInterceptor(
+        meter, job.idle_timeout_seconds, lambda reason: metrics.refused_rpcs.labels(reason.value).inc()
+    )
     server = grpc.aio.server(options=wire.SERVER_OPTIONS, interceptors=[interceptor])
     # A worker that is busy must not look silent.
     heartbeat_seconds = min(config.heartbeat_seconds, job.idle_timeout_seconds / 3)
@@ -108,9 +110,8 @@ async def serve(
     model.save(config.run_dir / "model.safetensors")
     recorder.finish(result)
     if reason is not Reason.FINISHED:
-        raise RunFailedError(
-            reason, f"the run ended at round {model.version} of {job.rounds}: {_EXPLAINED.get(reason, reason)}"
-        )
+        because = coordinator.failure or _EXPLAINED.get(reason, reason)
+        raise RunFailedError(reason, f"the run ended at round {model.version} of {job.rounds}: {because}")
     return result
 
 
@@ -139,7 +140,7 @@ def rules_of(job: JobConfig, codec: Codec, *, server_evaluates: bool) -> Rules:
 
 
 def _check_staging(job: JobConfig, codec: Codec, updater: Updater) -> None:
-    largest = max(updater.largest_update_bytes(role) for role in codec.roles)
+    largest = max(updater.largest_update_bytes(role) for role in codec.roles) + updater.buffer_bytes
     if job.workers * largest > job.staging_bytes:
         raise OptionError(
             "staging_bytes", job.staging_bytes,
@@ -191,6 +192,8 @@ def _result(
     job: JobConfig, config: ServerConfig, coordinator: Coordinator, traffic: Traffic, reason: Reason
 ) -> RunResult:
     totals, evaluation, model = coordinator.totals, coordinator.last_evaluation, coordinator.model
+    if evaluation is not None and evaluation.version != model.version:
+        evaluation = None  # of an older model
     sent = totals.contributions * model.layout.coordinates
     bits = 8 * traffic.uplink_bytes / sent if sent else None
     kbit = 8e-3 * traffic.uplink_bytes / totals.contributions if sent else None

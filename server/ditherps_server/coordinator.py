@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ditherps.codecs import Role
 from ditherps.config import JobConfig
-from ditherps.errors import ContextMismatchError, DitherpsError, PayloadError, Reason, RefusedError, RunFailedError
+from ditherps.errors import ContextMismatchError, DitherpsError, PayloadError, Reason, RefusedError
 from ditherps.metrics import DOWN, UP, ServerMetrics
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
@@ -74,18 +74,20 @@ class Coordinator:
     ) -> None:
         self.job, self.model, self.members, self.totals = job, model, members, Totals()
         self.last_evaluation: Evaluation | None = None
-        self.model_sha256 = ""
+        self.model_sha256 = self.failure = ""
         self._rules, self._updater, self._evaluator = rules, updater, evaluator
         self._recorder, self._metrics, self._meter, self._clock = recorder, metrics, meter, clock
         self._state = rounds.State(since=clock())
         self._staging = Staging(job.staging_bytes)
         self._watchers = Watchers()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._evaluating = asyncio.Lock()
         self._finished: asyncio.Future[Reason] = asyncio.get_running_loop().create_future()
         self._closed: tuple[types_pb2.RoundResult, frozenset[int]] | None = None
         self._evaluation: Evaluation | None = None
         self._counted = self._exported = Traffic()
         self._payload_before = (0, 0)
+        self._warned = False
 
     # What the service asks for.
 
@@ -101,7 +103,9 @@ class Coordinator:
     def seen(self, fence: types_pb2.Fence) -> int:
         """The index of the worker that a message comes from; raises `RefusedError` if it has no session."""
         index = self.members.check(fence).index
-        member = self._state.members[index]
+        member = self._state.members.get(index)
+        if member is None:  # it joined after the end
+            return index
         if not member.present and member.why_absent is Reason.SILENT:
             self._handle(rounds.Joined(index, member.name))  # silent, and here again
         elif self._clock() - member.last_seen < SEEN_SECONDS:
@@ -113,7 +117,7 @@ class Coordinator:
 
     def leave(self, index: int, reason: Reason) -> None:
         """A worker goes."""
-        if self._state.members[index].present:
+        if index in self._state.present:
             log.info("left worker=%s reason=%s", self.members.names[index], reason)
             self._handle(rounds.Left(index, reason))
 
@@ -207,14 +211,23 @@ class Coordinator:
         if plan is not None and plan.evaluator == index and evaluation.version == plan.base_version:
             self._take_evaluation(evaluation)
 
-    def snapshot(self) -> list[bytes]:
-        """The serialized messages that carry the present w."""
+    def snapshot(self, version: int) -> list[bytes]:
+        """The serialized messages that carry w; raises `RefusedError` for another version than the present one."""
+        present = self.model.version
+        # While a round is being closed x is on its way to the next version, and only what was read before is whole.
+        if version != present or (self._state.phase is Phase.CLOSING and not self.model.has_snapshot):
+            raise RefusedError(
+                Reason.VERSION_UNAVAILABLE, f"version {version} is not here; the present one is {present}"
+            )
+        return self.model.snapshot()
+
+    def pulled(self) -> None:
+        """A snapshot has been sent whole."""
         layout = self.model.layout
         size = 4 * layout.coordinates + layout.buffer_bytes
         self.totals.downlink_payload_bytes += size
         self._metrics.payload_bytes.labels(DOWN, "none").inc(size)
         self._metrics.values.labels(DOWN, "none").inc(layout.coordinates)
-        return self.model.snapshot()
 
     def status(self) -> pb.StatusResponse:
         """What the server does and waits for."""
@@ -244,14 +257,16 @@ class Coordinator:
     # The run.
 
     async def run(self) -> Reason:
-        """Until the job is over; returns why. Raises `RunFailedError` on an error inside the server."""
+        """Until the job is over; returns why (`internal` after an error inside the server, which `failure` holds)."""
         while not self._finished.done():
             self._handle(rounds.Tick())
             self._watch_gauges()
             await asyncio.wait([self._finished], timeout=TICK_SECONDS)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # A round that is being closed is applied whole, and recorded, before the model is called final.
+        await asyncio.gather(*self._tasks)
+        self.totals.finished = self._clock()
+        self.model_sha256 = await asyncio.to_thread(lambda: self.model.sha256)
+        self._tell()
         return self._finished.result()
 
     def stop(self, reason: Reason) -> None:
@@ -293,7 +308,7 @@ class Coordinator:
                     self._end_round(plan, reason=reason)
                 case rounds.FinishRun(reason):
                     self._finish(reason)
-        if self._closed is not None and self._state.phase in (Phase.WAITING, Phase.FINISHED):
+        if self._closed is not None and self._state.phase is Phase.WAITING:
             self._tell()
 
     def _spawn(self, work: Awaitable[None]) -> None:
@@ -302,8 +317,8 @@ class Coordinator:
                 await work
             except Exception as error:
                 log.error("the server failed", exc_info=error)
-                if not self._finished.done():
-                    self._finished.set_exception(RunFailedError(Reason.INTERNAL, f"{type(error).__name__}: {error}"))
+                self.failure = self.failure or f"{type(error).__name__}: {error}"
+                self.stop(Reason.INTERNAL)
 
         task = asyncio.get_running_loop().create_task(guarded())
         self._tasks.add(task)
@@ -316,11 +331,16 @@ class Coordinator:
         self._metrics.round.set(plan.round)
         self._tell()
         if plan.evaluator == rounds.SERVER_EVALUATES and self._evaluator is not None:
-            self._evaluator.take(self.model)
-            self._spawn(self._evaluate(self._evaluator))
+            self._spawn(self._evaluate(self._evaluator, plan))
 
-    async def _evaluate(self, evaluator: Evaluator) -> None:
-        self._take_evaluation(await asyncio.to_thread(evaluator.run))
+    async def _evaluate(self, evaluator: Evaluator, plan: Plan) -> None:
+        async with self._evaluating:
+            if self._state.plan is not plan:
+                return  # the evaluation before this one took longer than its round
+            evaluator.take(self.model)
+            evaluation = await asyncio.to_thread(evaluator.run)
+        if self._state.plan is plan:
+            self._take_evaluation(evaluation)
 
     def _take_evaluation(self, evaluation: Evaluation) -> None:
         self._evaluation = self.last_evaluation = evaluation
@@ -381,6 +401,7 @@ class Coordinator:
         totals.contributions += len(record.workers)
         totals.nested_tiles += record.nested_tiles
         totals.nested_failed_tiles += record.nested_failed_tiles
+        self._warn_of_failures()
         metrics.rounds.labels("applied").inc()
         metrics.round_bits.labels(UP).set(8 * record.uplink_bytes)
         metrics.round_bits.labels(DOWN).set(8 * record.downlink_bytes)
@@ -393,6 +414,14 @@ class Coordinator:
             if value is not None:
                 gauge.set(value)
 
+    def _warn_of_failures(self) -> None:
+        totals, limit = self.totals, self.job.nested_failure_limit
+        share = totals.nested_failed_tiles / totals.nested_tiles if totals.nested_tiles else 0.0
+        self._metrics.nested_failure_ratio.set(share)
+        if share > limit and not self._warned:
+            self._warned = True
+            log.warning("nested decoding fails too often: share=%.3f nested_failure_limit=%g", share, limit)
+
     def _end_round(self, plan: Plan, *, members: tuple[int, ...] = (), reason: Reason | None = None) -> None:
         self._staging.clear()
         result = types_pb2.RoundResult(
@@ -402,11 +431,8 @@ class Coordinator:
         self._closed = (result, frozenset(members))
 
     def _finish(self, reason: Reason) -> None:
-        self.totals.finished = self._clock()
-        self.model_sha256 = self.model.sha256
         if not self._finished.done():
             self._finished.set_result(reason)
-        self._tell()
 
     # What the workers are told.
 
@@ -431,8 +457,8 @@ class Coordinator:
                     deadline_seconds=max(0.0, plan.deadline_at - self._clock()),
                 )
             )  # fmt: skip
-        if state.phase is Phase.FINISHED:
-            reason = self._finished.result() if self._finished.done() else Reason.FINISHED
+        if self.model_sha256:
+            reason = self._finished.result()
             response.finished.CopyFrom(
                 types_pb2.JobResult(reason=reason.value, version=self.model.version, model_sha256=self.model_sha256)
             )

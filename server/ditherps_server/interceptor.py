@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -19,10 +21,14 @@ log = logging.getLogger(__name__)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Maps `DitherpsError` to a status and a `ditherps-reason`; an unexpected error is logged and answered INTERNAL."""
+    """Maps `DitherpsError` to a status and a `ditherps-reason`; an unexpected error is logged and answered INTERNAL.
 
-    def __init__(self, meter: wire.WireMeter, on_refused: Callable[[Reason], None]) -> None:
+    A stream whose other end does not read for `write_seconds` is ended.
+    """
+
+    def __init__(self, meter: wire.WireMeter, write_seconds: float, on_refused: Callable[[Reason], None]) -> None:
         self._meter = meter
+        self._write_seconds = write_seconds
         self._on_refused = on_refused
 
     async def intercept_service(
@@ -54,12 +60,17 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
         return handle
 
-    def _stream(self, inner: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+    def _stream(self, inner: Callable[..., AsyncGenerator[Any]]) -> Callable[..., Awaitable[None]]:
+        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
             self._meter.count_rpc()
             try:
-                async for response in inner(wire.checked(request), context):
-                    yield response
+                async with aclosing(inner(wire.checked(request), context)) as responses:
+                    async for response in responses:
+                        async with asyncio.timeout(self._write_seconds):
+                            await context.write(response)
+            except TimeoutError:
+                error = RefusedError(Reason.IDLE_TIMEOUT, f"nothing was read for {self._write_seconds:g} s")
+                await self._abort(context, error)
             except Exception as error:
                 await self._abort(context, error)
 

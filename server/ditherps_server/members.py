@@ -41,7 +41,7 @@ class Members:
         Raises `RefusedError`: `unknown_member` for a name that is not in the table, `members_full` when none is free.
         """
         if len(lease_key) > LARGEST_LEASE_KEY_BYTES:
-            raise RefusedError(Reason.SIZE, f"a lease key of {len(lease_key)} bytes, more than {LARGEST_LEASE_KEY_BYTES}")
+            raise RefusedError(Reason.SIZE, f"a lease key of {len(lease_key)} bytes; at most {LARGEST_LEASE_KEY_BYTES}")
         if name and not WORKER_NAME.fullmatch(name):
             raise RefusedError(Reason.NAME_INVALID, f"{name!r} is not a worker name; allowed: {WORKER_NAME.pattern}")
         index = self._lease(lease_key, occupied) if not name else self._index.get(name, -1)

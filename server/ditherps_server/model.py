@@ -59,6 +59,11 @@ class ServerModel:
         self._snapshot = None
         self.version += 1
 
+    @property
+    def has_snapshot(self) -> bool:
+        """Whether the messages of this version have been made."""
+        return self._snapshot is not None
+
     def snapshot(self) -> list[bytes]:
         """Serialized Pull messages of w: the header, then the chunks. Made once a version, for all workers."""
         if self._snapshot is None:

@@ -287,7 +287,10 @@ def _open(rules: Rules, state: State, invited: tuple[int, ...], now: float) -> t
     if any(encoded.get(index, role) != role for index, role in roles.items()):
         attempt, encoded = attempt + 1, {}
     plan = Plan(state.round, attempt, state.version, roles, evaluator, now, now + rules.round_deadline_seconds)
-    opened = replace(state, phase=Phase.OPEN, since=now, plan=plan, delivered=frozenset(), evaluated=evaluator is None)
+    opened = replace(
+        state, phase=Phase.OPEN, since=now, plan=plan, encoded={**encoded, **roles}, delivered=frozenset(),
+        evaluated=evaluator is None,
+    )  # fmt: skip
     return opened, (OpenRound(plan),)
 
 

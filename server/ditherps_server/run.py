@@ -18,6 +18,7 @@ def run_server(job: JobConfig, config: ServerConfig, task: Task) -> dict[str, An
     import uvloop
 
     keep_freed_memory()
+    (config.run_dir / "result.json").unlink(missing_ok=True)  # of an earlier run in this folder
     shown = view(job)
     try:
         with shown:

@@ -63,13 +63,9 @@ class ParameterServerService:
     async def Pull(self, request: pb.PullRequest, _: Context) -> AsyncIterator[bytes]:  # noqa: N802
         """The present model."""
         self._coordinator.seen(request.fence)
-        version = self._coordinator.model.version
-        if request.to_version != version:
-            raise RefusedError(
-                Reason.VERSION_UNAVAILABLE, f"version {request.to_version} is not here; the present one is {version}"
-            )
-        for message in self._coordinator.snapshot():
+        for message in self._coordinator.snapshot(request.to_version):
             yield message
+        self._coordinator.pulled()
 
     async def Push(self, requests: AsyncIterator[Any], _: Context) -> AsyncIterator[pb.PushResponse]:  # noqa: N802
         """Take one contribution."""

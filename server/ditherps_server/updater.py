@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ditherps.codecs import Codec, DecodeReport, Encoded, Role
 from ditherps.config import JobConfig
 from ditherps.dither import Address, Domain
-from ditherps.errors import PayloadError, Reason
+from ditherps.errors import PayloadError, Reason, RefusedError
+from ditherps.kernels.cpu import INFINITY_BITS, largest_bits
 from ditherps.layout import unpack_buffers
 from ditherps_server.aggregate import Sender, mean_buffers, weighted_mean
 from ditherps_server.model import ServerModel
@@ -45,6 +47,11 @@ class Updater:
         """Most bytes that an encoded update of this role can take."""
         return self._codecs[role].max_nbytes(self._model.layout.coordinates)
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffers of each contribution."""
+        return self._model.layout.buffer_bytes
+
     def validate(self, contribution: Contribution) -> None:
         """Raises `PayloadError` unless the content can be decoded to finite values of the model's layout."""
         announcement = contribution.announcement
@@ -60,11 +67,13 @@ class Updater:
         """Make the model's next version of contributions in the order of their index.
 
         The update is the mean, weighted by samples. Raises `RefusedError` when they cannot be decoded
-        (`no_side_information`).
+        (`no_side_information`), or their mean is not finite (`non_finite`).
         """
         began = time.perf_counter()
         senders = [self._sender(contribution) for contribution in contributions]
         report = weighted_mean(senders, self._update, running_side=self._running_side, pool=self._pool)
+        if largest_bits(self._update.numpy().view(np.int32), 0, len(self._update)) >= INFINITY_BITS:
+            raise RefusedError(Reason.NON_FINITE, "the mean of the contributions is not finite")
         decode_seconds = time.perf_counter() - began
         learning_rate = self._optimizer.learning_rate
         self._optimizer.apply(self._update)

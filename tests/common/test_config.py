@@ -42,10 +42,10 @@ class TestPrecedence:
         job = resolve_job({"optimizer": {"lr": 0.25}}, path).config
         assert (job.optimizer.lr, job.optimizer.momentum) == (0.25, recipe.optimizer["momentum"])
 
-    def test_named_flags_beat_set(self) -> None:
+    def test_set_beats_what_the_environment_may_have_said(self) -> None:
         flags = job_flags(None, None, None, 5, None, None, None, None, ["rounds=9", "optimizer.lr=0.125"])
         job = resolve_job(flags).config
-        assert (job.rounds, job.optimizer.lr) == (5, 0.125)
+        assert (job.rounds, job.optimizer.lr) == (9, 0.125)
 
     def test_another_optimizer_drops_the_recipes_options(self, tmp_path: Path) -> None:
         recipe = load_task("digits").recipe()
@@ -142,7 +142,8 @@ class TestRefusals:
             ({"codec": "dqsg", "codec_options": {"levels": 0.3}}, "levels = 0.3", "0.5, 1, 1.5"),
             ({"codec": "dqsg", "codec_options": {"ratio": 3}}, "dqsg.ratio = 3", "levels"),
             ({"codec": "none", "codec_options": {"levels": 1}}, "none.levels = 1", "none"),
-            ({"members": ["a", "b", "a"]}, "", "members names 2 workers, but workers = 4"),
+            ({"members": ["a", "b", "a"]}, "", "members must name each worker once: 3 names, workers = 4"),
+            ({"members": ["a", "a", "b"], "workers": 2}, "", "members must name each worker once"),
             ({"members": ["a", "b", "c", "D/.."]}, "", "'D/..' is not a worker name"),
             ({"idle_timeout_seconds": 9, "round_deadline_seconds": 5}, "idle_timeout_seconds = 9", "must not exceed"),
         ],
@@ -253,7 +254,7 @@ class TestEnvironment:
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         values = {"TASK": "no-task", "MODEL": "no-model", "WORKERS": "-3", "ROUNDS": "-4", "CODEC": "no-codec",
-                  "CODEC_OPTION": "no_option=5", "MODE": "no-mode", "SEED": "-6", "SET": "no_set=7"}  # fmt: skip
+                  "CODEC_OPTION": "no_option=5", "MODE": "no-mode", "SEED": "-6"}  # fmt: skip
         for name, value in values.items():
             with monkeypatch.context() as one:
                 one.setenv(f"DITHERPS_{name}", value)
@@ -262,8 +263,18 @@ class TestEnvironment:
     def test_a_repeatable_option_takes_several_from_the_environment(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setenv("DITHERPS_SET", "seed=3 workers=-2")
-        assert "workers = -2" in self.refused(capsys)
+        monkeypatch.setenv("DITHERPS_CODEC_OPTION", "levels=3 ratio=-2")
+        assert "ndqsg.ratio = -2" in self.refused(capsys)
+
+    def test_tables_of_the_ends_are_checked_before_anything_starts(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for text, said in (
+            ("[server]\nprot = 1\n", "server.prot = 1"),
+            ("[worker]\ndevise = 'x'\n", "worker.devise = 'x'"),
+            ("server = 5\n", "server = 5"),
+        ):
+            assert said in self.refused(capsys, "--config", job_file(tmp_path, text))
 
     def test_a_value_of_the_wrong_type_names_its_flag(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["local", "--rounds", "many"]) == ExitCode.USAGE

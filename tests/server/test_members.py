@@ -32,12 +32,16 @@ def test_the_index_follows_from_the_name_whatever_the_order(order: tuple[str, ..
 
 
 def test_a_name_that_is_not_in_the_table() -> None:
-    for name in ("eve", "pool/2", "Zoe", "0"):
+    reasons = {
+        "eve": Reason.UNKNOWN_MEMBER, "pool/2": Reason.UNKNOWN_MEMBER, "0": Reason.UNKNOWN_MEMBER,
+        "Zoe": Reason.NAME_INVALID, "../x": Reason.NAME_INVALID, "x" * 64: Reason.NAME_INVALID,
+    }  # fmt: skip
+    for name, reason in reasons.items():
         with pytest.raises(RefusedError) as refused:
             members().join(name, b"", occupied=NOBODY)
-        assert refused.value.reason is Reason.UNKNOWN_MEMBER
+        assert refused.value.reason is reason
         assert repr(name) in str(refused.value)
-        assert "zoe, adam, pool/1" in str(refused.value)
+        assert reason is Reason.NAME_INVALID or "zoe, adam, pool/1" in str(refused.value)
 
 
 class TestLeases:

@@ -91,7 +91,7 @@ class TestJoin:
             ({"limits": limits(model_bytes=111)}, Reason.LIMITS, "112 bytes"),
             ({"limits": pb.WorkerLimits()}, Reason.LIMITS, "mode"),
             ({"worker": "eve"}, Reason.UNKNOWN_MEMBER, "members: worker-0, worker-1"),
-            ({"worker": "../worker-0"}, Reason.UNKNOWN_MEMBER, "'../worker-0'"),
+            ({"worker": "../worker-0"}, Reason.NAME_INVALID, "'../worker-0'"),
         ]  # fmt: skip
         async with serving(tmp_path, metrics=True) as served, Peer(served.address) as peer:
             for changes, reason, says in wrong:

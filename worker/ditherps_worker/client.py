@@ -34,7 +34,9 @@ class PushStats:
 
 
 class Client:
-    """The service, as a worker calls it. Every method raises `RefusedError` or `UnreachableError`."""
+    """The service, as a worker calls it. Methods raise `RefusedError`, `UnreachableError`, and `PayloadError`
+    for messages that are not what they claim to be.
+    """
 
     def __init__(self, config: WorkerConfig, meter: wire.WireMeter) -> None:
         self._config = config

@@ -7,6 +7,7 @@ each round.
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from ditherps.config import JobConfig
 from ditherps.dither import Address, Domain, words
 from ditherps.layout import FlatModel
 from ditherps.sampling import Evaluation, Ids, Walk, augmentation_keys, evaluate, split
-from ditherps.tasks import Task
+from ditherps.tasks import Samples, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Update:
 
 def make_deterministic(threads: int) -> None:
     """Set torch so that the same input gives the same bits: threads, algorithms, no TF32."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -58,6 +60,7 @@ class Computer:
         self._samples = task.load(data_dir, train=True)
         shards = split(self._samples, job.workers, job.seed, job.split.kind, job.split.alpha)
         self._walk = Walk(shards[index], job.seed, index)
+        self._test: Samples | None = None
         self._base = torch.empty_like(self.model.flat) if job.mode == "local" else None
 
     def update(self, round_: int) -> Update:
@@ -102,5 +105,7 @@ class Computer:
 
     def evaluate(self) -> tuple[Evaluation, int]:
         """Loss and accuracy of the model that `self.model` holds, and how many test samples stand behind them."""
-        samples = self._task.load(self._data_dir, train=False)
-        return evaluate(self._task, self._name, self.model.module, samples, self.model.device), len(samples)
+        if self._test is None:
+            self._test = self._task.load(self._data_dir, train=False)
+        result = evaluate(self._task, self._name, self.model.module, self._test, self.model.device)
+        return result, len(self._test)

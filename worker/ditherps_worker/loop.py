@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 
 from ditherps import codec as make_codec
-from ditherps import kernels
+from ditherps import kernels, wire
 from ditherps.codecs import Codec, Role
 from ditherps.config import JobConfig, WorkerConfig, validated
 from ditherps.dither import Address, Domain
-from ditherps.errors import Reason, RefusedError, RunFailedError, UnreachableError
+from ditherps.errors import PayloadError, Reason, RefusedError, RunFailedError, UnreachableError
 from ditherps.metrics import DOWN, UP, WorkerMetrics
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
@@ -95,14 +95,15 @@ class Loop:
         """Until the job is over.
 
         A lost connection is made anew, with a jittered, growing pause, for at most `connect_timeout_seconds` without a
-        contribution. Raises `RefusedError`, `UnreachableError`, `RunFailedError`.
+        contribution; so is one that brought broken content. Raises `RefusedError`, `UnreachableError`, `PayloadError`,
+        `RunFailedError`.
         """
         backoff, lost_since = _FIRST_BACKOFF_SECONDS, math.inf
         while True:
             self._progressed = False
             try:
                 return await self._session()
-            except (UnreachableError, RefusedError) as error:
+            except (UnreachableError, RefusedError, PayloadError) as error:
                 if isinstance(error, RefusedError) and error.reason not in _JOIN_AGAIN:
                     raise
                 now = time.monotonic()
@@ -134,9 +135,16 @@ class Loop:
                     except (UnreachableError, RefusedError):
                         if not state.latest.HasField("finished"):
                             raise
+        except (UnreachableError, PayloadError):
+            raise  # the connection is made anew
         except asyncio.CancelledError:
-            with contextlib.suppress(UnreachableError, RefusedError):
-                await self._client.leave(Reason.INTERRUPTED)
+            await self._leave(Reason.INTERRUPTED)
+            raise
+        except (RefusedError, RunFailedError) as error:
+            await self._leave(error.reason)
+            raise
+        except BaseException:
+            await self._leave(Reason.INTERNAL)
             raise
         finally:
             for task in background:
@@ -157,8 +165,6 @@ class Loop:
                 f"this worker's model has {layout.coordinates} parameters and {layout.buffer_bytes} bytes of buffers, "
                 f"the server's {joined.parameter_coordinates} and {joined.buffer_bytes}: they build different models"
             )
-            with contextlib.suppress(UnreachableError):
-                await self._client.leave(Reason.LAYOUT_MISMATCH)
             raise RefusedError(Reason.LAYOUT_MISMATCH, message)
         self._job_id = joined.fence.job_id
         log.info("joined job %s as worker %d of %d", self._job_id, joined.index, job.workers)
@@ -180,11 +186,15 @@ class Loop:
             state.lose(error)
 
     async def _finished(self, result: types_pb2.JobResult) -> types_pb2.JobResult:
-        with contextlib.suppress(UnreachableError, RefusedError):
-            await self._client.leave(Reason.FINISHED)
         if result.reason != Reason.FINISHED:
-            raise RunFailedError(Reason(result.reason), f"the server ended the job: {result.reason}")
+            raise RunFailedError(wire.reason_of(result.reason), f"the server ended the job: {result.reason}")
+        await self._leave(Reason.FINISHED)
         return result
+
+    async def _leave(self, reason: Reason) -> None:
+        """Say goodbye, so that no round waits for this worker; where nobody hears it, nobody waits."""
+        with contextlib.suppress(UnreachableError, RefusedError, PayloadError):
+            await self._client.leave(reason)
 
     async def _take_part(self, job: JobConfig, index: int, plan: types_pb2.RoundPlan, state: State) -> None:
         assert self._computer is not None

@@ -43,8 +43,7 @@ def measure(codec: str, workers: int, rounds: int, coordinates: int) -> dict[str
         "evaluate_every": rounds,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="ditherps-bench-") as folder:
-        job = resolve_job(flags).config
-        _, code = run_local(job, Path(folder), None, quiet=True)
+        _, code = run_local(resolve_job(flags), Path(folder), None, quiet=True)
         if code:
             raise RunFailedError(Reason.INTERNAL, f"the run with {codec} ended with exit code {code}")
         closed = read_records(Path(folder))
