@@ -97,7 +97,7 @@ class TestJoin:
             for changes, reason, says in wrong:
                 refused = await outcome(peer.join("worker-0", **changes) if "worker" not in changes
                                         else peer.join(**changes))  # fmt: skip
-                assert refused == Refused(FAILED_PRECONDITION, reason, "")
+                assert refused == Refused(wire.status_of(reason), reason, "")
                 assert says in refused.message
             assert await peer.states() == []
             assert await served.metric('ditherps_refused_rpcs_total{reason="limits"}') == 4
