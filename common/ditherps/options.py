@@ -22,21 +22,35 @@ def _option(*flags: str, env: str | None, text: str, panel: str = JOB) -> typer.
 
 Task = Annotated[
     str | None,
-    _option("--task", env="TASK", text="digits, mnist, fashion-mnist, cifar10, or your own module:attribute [digits]."),
+    _option(
+        "--task",
+        env="TASK",
+        text="digits, mnist, fashion-mnist, cifar10, or your own module:attribute (default: digits).",
+    ),
 ]
-Model = Annotated[str | None, _option("--model", env="MODEL", text="One of the task's models [its first].")]
-Workers = Annotated[int | None, _option("--workers", "-w", env="WORKERS", text="Workers that take part [4].")]
-Rounds = Annotated[int | None, _option("--rounds", "-r", env="ROUNDS", text="Rounds [as the task's recipe says].")]
-CodecName = Annotated[str | None, _option("--codec", "-c", env="CODEC", text="none, bf16, dqsg or ndqsg [ndqsg].")]
+Model = Annotated[str | None, _option("--model", env="MODEL", text="One of the task's models (default: its first).")]
+Workers = Annotated[int | None, _option("--workers", "-w", env="WORKERS", text="Workers that take part (default: 4).")]
+Rounds = Annotated[
+    int | None, _option("--rounds", "-r", env="ROUNDS", text="Rounds (default: as the task's recipe says).")
+]
+CodecName = Annotated[
+    str | None, _option("--codec", "-c", env="CODEC", text="none, bf16, dqsg or ndqsg (default: ndqsg).")
+]
 CodecOptions = Annotated[
     list[str] | None,
     _option("--codec-option", "-o", env="CODEC_OPTION", text="NAME=VALUE, repeatable: levels, step, bucket, ..."),
 ]
 Mode = Annotated[
     str | None,
-    _option("--mode", env="MODE", text="gradient: one batch a round; local: several local steps a round [gradient]."),
+    _option(
+        "--mode",
+        env="MODE",
+        text="gradient: one batch a round; local: several local steps a round (default: gradient).",
+    ),
 ]
-Seed = Annotated[int | None, _option("--seed", env="SEED", text="Seed of everything random, dither included [1].")]
+Seed = Annotated[
+    int | None, _option("--seed", env="SEED", text="Seed of everything random, dither included (default: 1).")
+]
 Set = Annotated[
     list[str] | None,
     _option("--set", env=None, text="NAME=VALUE, repeatable: any option of the job file, as in optimizer.lr=0.1."),
@@ -48,20 +62,23 @@ DataDir = Annotated[
     Path | None, _option("--data-dir", env="DATA", text="Where datasets are, or are downloaded to.", panel=RUN)
 ]
 RunDir = Annotated[
-    Path | None, _option("--run-dir", env="RUN_DIR", text="Folder for records, model and plots [below runs/].",
+    Path | None, _option("--run-dir", env="RUN_DIR", text="Folder for records, model and plots (default: below runs/).",
                          panel=RUN)
 ]  # fmt: skip
-Host = Annotated[str | None, _option("--host", env="HOST", text="Address to listen on [127.0.0.1].", panel=RUN)]
-Port = Annotated[int | None, _option("--port", env="PORT", text="Port; 0: any free one [50051].", panel=RUN)]
+Host = Annotated[
+    str | None, _option("--host", env="HOST", text="Address to listen on (default: 127.0.0.1).", panel=RUN)
+]
+Port = Annotated[int | None, _option("--port", env="PORT", text="Port; 0: any free one (default: 50051).", panel=RUN)]
 MetricsHost = Annotated[
-    str | None, _option("--metrics-host", env="METRICS_HOST", text="Address of /metrics [127.0.0.1].", panel=RUN)
+    str | None,
+    _option("--metrics-host", env="METRICS_HOST", text="Address of /metrics (default: 127.0.0.1).", panel=RUN),
 ]
 MetricsPort = Annotated[
     int | None,
     _option(
         "--metrics-port",
         env="METRICS_PORT",
-        text="Port of /metrics; 0: any, -1: none [server 9464, worker -1].",
+        text="Port of /metrics; 0: any, -1: none (default: server 9464, worker -1).",
         panel=RUN,
     ),
 ]
@@ -72,13 +89,18 @@ Insecure = Annotated[
 ]
 Reflection = Annotated[bool | None, _option("--reflection", env="REFLECTION", text="Serve gRPC reflection.", panel=RUN)]
 Server = Annotated[
-    str | None, _option("--server", "-s", env="SERVER", text="HOST:PORT of the server [127.0.0.1:50051].", panel=RUN)
+    str | None,
+    _option("--server", "-s", env="SERVER", text="HOST:PORT of the server (default: 127.0.0.1:50051).", panel=RUN),
 ]
 Name = Annotated[
     str | None,
-    _option("--name", "-n", env="NAME", text="This worker's name, such as worker-0 [the lowest free].", panel=RUN),
+    _option(
+        "--name", "-n", env="NAME", text="This worker's name, such as worker-0 (default: the lowest free).", panel=RUN
+    ),
 ]
-Device = Annotated[str | None, _option("--device", env="DEVICE", text="auto, cpu, or cuda:N [auto].", panel=RUN)]
+Device = Annotated[
+    str | None, _option("--device", env="DEVICE", text="auto, cpu, or cuda:N (default: auto).", panel=RUN)
+]
 Json = Annotated[
     bool, _option("--json", env="JSON", text="Print the result as one JSON object, the last line of output.", panel=RUN)
 ]

@@ -16,7 +16,9 @@ bench = typer.Typer(no_args_is_help=True, help="Measure codecs and rounds on thi
 def codecs(
     codec: Annotated[
         list[str] | None,
-        typer.Option("--codec", help="NAME or NAME:option=value,..., repeatable [a selection].", show_default=False),
+        typer.Option(
+            "--codec", help="NAME or NAME:option=value,..., repeatable (default: a selection).", show_default=False
+        ),
     ] = None,
     coordinates: Annotated[int, typer.Option(help="Length of the vector.")] = 1 << 24,
     repeats: Annotated[int, typer.Option(help="Timings of each step; their median is shown.")] = 9,
@@ -41,7 +43,9 @@ def codecs(
 
 @bench.command()
 def rounds(
-    codecs: Annotated[list[str] | None, typer.Argument(help="Codecs [none, dqsg].", show_default=False)] = None,
+    codecs: Annotated[
+        list[str] | None, typer.Argument(help="Codecs (default: none, dqsg).", show_default=False)
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 4,
     rounds: Annotated[int, typer.Option(min=5, help="Rounds of each codec.")] = 20,
     coordinates: Annotated[int, typer.Option(min=1, help="Parameters of the model.")] = 11_173_962,
