@@ -164,6 +164,7 @@ class WorkerConfig(_Config):
     """One worker: whom it talks to, what it computes on."""
 
     server: str = "127.0.0.1:50051"
+    """HOST:PORT, or @FILE: the server.json of a server on this machine, which may be about to start."""
     name: str = Field("", pattern=r"^([a-z0-9][a-z0-9._/-]{0,62})?$")
     """A name of the job's member table; empty: the lowest that is free."""
     task: str = ""

@@ -16,8 +16,6 @@ from typing import IO, Any
 
 import tomli_w
 
-from ditherps import kernels
-from ditherps.codecs import codec as make_codec
 from ditherps.config import JobConfig
 from ditherps.errors import ExitCode, UnreachableError
 from ditherps.job import ResolvedJob
@@ -71,13 +69,16 @@ def run_local(
     run_dir.mkdir(parents=True, exist_ok=True)
     for leftover in ("server.json", "result.json", "rounds.jsonl"):
         (run_dir / leftover).unlink(missing_ok=True)
-    file = {**job.model_dump(mode="json"), "server": dict(resolved.server), "worker": dict(resolved.worker)}
+    file = {
+        **job.model_dump(mode="json"),
+        "server": dict(resolved.server),
+        "worker": {"connect_timeout_seconds": START_SECONDS, **resolved.worker},
+    }
     (run_dir / LAUNCH_FILE).write_text(tomli_w.dumps(file))
     shown = SilentView() if quiet else view(job)
     with _Signals() as signals, _Processes(run_dir) as processes:
         try:
             shown.note(f"run folder {run_dir}")
-            _warm(job, shown)
             _start(job, run_dir, data_dir, processes, signals, verbose=verbose)
             with shown:
                 code = _follow(run_dir, processes, signals, shown)
@@ -86,16 +87,6 @@ def run_local(
             processes.end()
             code = ExitCode.INTERRUPTED
     return _closing(run_dir, code, quiet=quiet)
-
-
-def _warm(job: JobConfig, shown: View) -> None:
-    """Compile kernels once, here, instead of in every process at the same time."""
-    codec = make_codec(job.codec, **job.codec_options)
-    began = time.monotonic()
-    for role in codec.roles:
-        kernels.warm(codec.for_role(role))
-    if (seconds := time.monotonic() - began) > 2:
-        shown.note(f"compiled kernels in {seconds:.0f} s (once on this machine)")
 
 
 class _Processes:
@@ -159,6 +150,10 @@ def _start(
     shared += ["--verbose"] if verbose else []
     ports = ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
     processes.server = processes.start("server", ["server", *ports, "--run-dir", str(run_dir), *shared])
+    # Workers load what they need while the server starts: they wait for its announcement, as this does.
+    for name in job.member_table:
+        arguments = ["worker", "--server", f"@{run_dir / 'server.json'}", "--name", name, "--task", job.task, *shared]
+        processes.workers[name] = processes.start(name, arguments)
     limit = time.monotonic() + START_SECONDS
     while not (run_dir / "server.json").exists():
         if processes.server.poll() is not None:
@@ -166,10 +161,6 @@ def _start(
         if time.monotonic() > limit:
             raise UnreachableError(f"the server did not start within {START_SECONDS:g} s; see {run_dir / 'server.log'}")
         signals.pause()
-    address = json.loads((run_dir / "server.json").read_text())["address"]
-    for name in job.member_table:
-        arguments = ["worker", "--server", address, "--name", name, "--task", job.task, *shared]
-        processes.workers[name] = processes.start(name, arguments)
 
 
 def _follow(run_dir: Path, processes: _Processes, signals: _Signals, shown: View) -> int:

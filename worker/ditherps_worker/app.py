@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import signal
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ import torch
 import ditherps
 from ditherps import wire
 from ditherps.config import JobConfig, WorkerConfig
-from ditherps.errors import ExitCode, OptionError, Reason, RefusedError, UserError
+from ditherps.errors import ExitCode, OptionError, Reason, RefusedError, UnreachableError, UserError
 from ditherps.memory import keep_freed_memory
 from ditherps.metrics import DOWN, UP, WorkerMetrics
 from ditherps.network import is_loopback
@@ -34,6 +37,9 @@ def run_worker(config: WorkerConfig) -> ExitCode:
     if config.task:
         load_task(config.task)
     device = pick_device(config.device)
+    if config.server.startswith("@"):
+        address = announced(Path(config.server[1:]), config.connect_timeout_seconds)
+        config = config.model_copy(update={"server": address})
     return uvloop.run(_work(config, device))
 
 
@@ -45,6 +51,16 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError("--device", name, f"auto, cpu; this machine has {torch.cuda.device_count()} GPUs")
     return device
+
+
+def announced(path: Path, limit_seconds: float) -> str:
+    """The address in a server's server.json; waits for it, and raises `UnreachableError` at the limit."""
+    limit = time.monotonic() + limit_seconds
+    while not path.exists():
+        if time.monotonic() > limit:
+            raise UnreachableError(f"no server has announced itself in {path} within {limit_seconds:g} s")
+        time.sleep(0.05)
+    return str(json.loads(path.read_text())["address"])
 
 
 async def _work(config: WorkerConfig, device: torch.device) -> ExitCode:

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+import fcntl
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numba
 
 if TYPE_CHECKING:
     from ditherps.codecs import Codec
 
+_FOLDER = Path(__file__).parent
+_CACHE = _FOLDER / "__pycache__"  # numba's, so that what is noted there goes when the cache does
+
 
 def warm(codec: Codec) -> None:
-    """Compile or load from the cache what `codec` needs, by encoding and accumulating one coordinate in each role."""
+    """Compile or load from the cache what `codec` needs, by encoding and accumulating one coordinate in each role.
+
+    Of the processes of this machine one compiles at a time; the others wait, and then find its work in the cache.
+    """
+    key = f"{numba.__version__} {max(path.stat().st_mtime_ns for path in _FOLDER.glob('*.py'))} {codec!r}\n"
+    try:
+        _CACHE.mkdir(exist_ok=True)
+        with (_CACHE / "warm").open("a+") as done:
+            done.seek(0)
+            if key not in done.readlines():
+                fcntl.flock(done, fcntl.LOCK_EX)
+                _use(codec)
+                done.write(key)
+                return
+    except OSError:
+        pass  # no place for a cache: every process compiles for itself
+    _use(codec)
+
+
+def _use(codec: Codec) -> None:
     import torch
 
     from ditherps.dither import Address, Domain

@@ -24,12 +24,12 @@ _MODELS = {
     "mlp": ModelSpec(
         partial(models.mlp, 64, 256, 10),
         _unit,
-        Recipe(300, 32, {"name": "sgd", "lr": 0.2, "momentum": 0.9}, {"name": "cosine"}),
+        Recipe(200, 32, {"name": "sgd", "lr": 0.2, "momentum": 0.9}, {"name": "cosine"}),
     ),
     "cnn": ModelSpec(
         models.digits_cnn,
         _unit,
-        Recipe(300, 32, {"name": "sgd", "lr": 0.05, "momentum": 0.9}, {"name": "cosine"}),
+        Recipe(200, 32, {"name": "sgd", "lr": 0.05, "momentum": 0.9}, {"name": "cosine"}),
     ),
 }
 
