@@ -64,8 +64,7 @@ async def serve(
     if job.evaluator != "worker":
         must = job.evaluator == "server"
         evaluator = Evaluator.where_possible(task, job.model or None, config.data_dir, must=must)
-    for role in codec.roles:
-        kernels.warm(codec.for_role(role))
+    kernels.warm(codec)
 
     recorder = Recorder(config.run_dir, listeners=[on_round] if on_round else [])
     metrics, meter = ServerMetrics(ditherps.__version__), wire.WireMeter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,20 +17,10 @@ from ditherps.dither import SERVER, Address, Domain, permutation, words_at
 from ditherps.layout import FlatModel
 from ditherps_server.rounds import assign_roles
 from ditherps_worker import compute
-from ditherps_worker.compute import Computer, Update, make_deterministic
+from ditherps_worker.compute import Computer, Update
 from tests.tiny import Tiny
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _deterministic() -> Iterator[None]:
-    """As a worker sets torch; afterwards as it was."""
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    make_deterministic(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 def job(**options: Any) -> JobConfig:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ditherps.metrics import WorkerMetrics
 from ditherps.tasks import Samples, Task
 from ditherps.v1 import types_pb2
 from ditherps_worker.client import Client, PushStats
-from ditherps_worker.compute import Computer, make_deterministic
+from ditherps_worker.compute import Computer
 from ditherps_worker.loop import Loop
 from tests.service.inprocess import Peer, serving
 from tests.service.simulation import simulated
@@ -33,15 +33,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 CPU = torch.device("cpu")
 STATS = PushStats(samples=8, loss=1.0, nmse=0.1, compute_seconds=0.0, encode_seconds=0.0)
-
-
-@pytest.fixture(autouse=True)
-def _deterministic() -> Iterator[None]:
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    make_deterministic(1)
-    yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
 
 
 async def worker(address: str, name: str, task: Task | None = None, **options: Any) -> types_pb2.JobResult:

@@ -156,8 +156,7 @@ class Loop:
             return
         self._sent, self._held_version = None, None
         self._codec: Codec = make_codec(job.codec, **job.codec_options)
-        for role in self._codec.roles:
-            await asyncio.to_thread(kernels.warm, self._codec.for_role(role))
+        await asyncio.to_thread(kernels.warm, self._codec)
         self._computer = await asyncio.to_thread(self._make_computer, job, joined.index)
         layout = self._computer.model.layout
         if layout.digest != joined.layout_digest:
