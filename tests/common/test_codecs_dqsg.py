@@ -243,7 +243,7 @@ def test_exceptions_round_trip(bucket: int) -> None:
     used = codec("dqsg", step="rms", levels=1, resolution=0.5, bucket=bucket)
     x = torch.from_numpy(np.random.default_rng(1).standard_t(1.5, 20000).astype(np.float32))
     encoded = Encoded.from_bytes(used.encode(x, ADDRESS).to_bytes())
-    assert encoded.header.exception_bytes > 0
+    assert encoded.header.tail_bytes > 0
     assert encoded.nbytes <= used.max_nbytes(20000)
     steps = np.repeat(steps_of(encoded, -(-20000 // (bucket or 20000))), bucket or 20000)[:20000]
     error = (used.decode(encoded, ADDRESS).double() - x.double()).abs().numpy()

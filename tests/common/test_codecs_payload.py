@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ditherps import Address, Context, Domain, Encoded, codec
 from ditherps.codecs import Codec, codec_names
-from ditherps.codecs.base import HEADER, TAGS, Header
+from ditherps.codecs.base import HEADER, TAGS, Header, header_check
 from ditherps.errors import ContextMismatchError, PayloadError, Reason
 
 ADDRESS = Address(seed=1, round=2, sender=3, domain=Domain.UPDATE)
@@ -32,8 +32,19 @@ def gaussian(n: int) -> Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(n))
 
 
-def changed(encoded: Encoded, **fields: int) -> bytes:
-    return HEADER.pack(*encoded.header._replace(**fields)) + encoded.to_bytes()[HEADER.size :]
+def sealed(used: Codec, payload: bytes | bytearray) -> bytes:
+    """The payload with the checksum that belongs to it: what a hostile sender would write."""
+    try:
+        covered = used._sealed_bytes(Encoded.from_bytes(payload))
+    except PayloadError:
+        covered = len(payload)
+    check = header_check(np.frombuffer(payload, np.uint8), covered)
+    return bytes(payload[: HEADER.size - 4]) + check.to_bytes(4, "little") + bytes(payload[HEADER.size :])
+
+
+def changed(used: Codec, encoded: Encoded, behind: bytes = b"", /, **fields: int) -> bytes:
+    """With other fields in the header, and more behind."""
+    return sealed(used, HEADER.pack(*encoded.header._replace(**fields)) + encoded.to_bytes()[HEADER.size :] + behind)
 
 
 def test_tags_are_those_of_the_codecs() -> None:
@@ -49,22 +60,26 @@ def test_truncated_or_longer_payloads_are_refused(name: str, options: dict[str, 
     cut = data.draw(st.integers(0, len(payload) - 1))
     more = data.draw(st.binary(min_size=1, max_size=9))
     for wrong in (payload[:cut], payload + more):
-        with pytest.raises(PayloadError):
-            used.validate(Encoded.from_bytes(wrong))
+        for form in (wrong, sealed(used, wrong)):
+            with pytest.raises(PayloadError):
+                used.validate(Encoded.from_bytes(form))
 
 
 @pytest.mark.parametrize(("name", "options"), CODECS, ids=str)
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
-def test_any_damage_is_refused_or_decodes_to_finite_values(
+def test_any_damage_is_refused_and_a_forged_payload_decodes_to_finite_values(
     name: str, options: dict[str, Any], data: st.DataObject
 ) -> None:
     used = codec(name, **options)
     payload = bytearray(used.encode(gaussian(500), ADDRESS).to_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
-        payload[data.draw(st.integers(0, len(payload) - 1))] = data.draw(st.integers(0, 255))
+        payload[data.draw(st.integers(0, len(payload) - 1))] ^= data.draw(st.integers(1, 255))
+    if payload != used.encode(gaussian(500), ADDRESS).to_bytes():
+        with pytest.raises((PayloadError, ContextMismatchError)):
+            used.validate(Encoded.from_bytes(payload))
     try:
-        encoded = Encoded.from_bytes(payload)
+        encoded = Encoded.from_bytes(sealed(used, payload))
         used.validate(encoded, 500)
     except (PayloadError, ContextMismatchError):
         return
@@ -78,11 +93,11 @@ def test_hostile_lengths_take_no_memory(name: str, options: dict[str, Any]) -> N
     encoded = used.encode(gaussian(5000), ADDRESS)
     zero = used.encode(torch.zeros(1), ADDRESS)
     hostile = [
-        changed(encoded, coordinates=2**35),
-        changed(encoded, coordinates=2**63),
-        changed(encoded, exception_bytes=2**60),
-        changed(encoded, exception_bytes=encoded.nbytes - HEADER.size),
-        changed(zero, coordinates=2**35, exception_bytes=0),
+        changed(used, encoded, coordinates=2**35),
+        changed(used, encoded, coordinates=2**63),
+        changed(used, encoded, tail_bytes=2**60),
+        changed(used, encoded, tail_bytes=encoded.nbytes - HEADER.size),
+        changed(used, zero, coordinates=2**35, tail_bytes=0),
     ]
     tracemalloc.start()
     for payload in hostile:
@@ -107,11 +122,11 @@ def test_reading_does_not_copy() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"format": 2}, {"tag": 99}, {"flags": 1}, {"coordinates": 2**35 + 1}], ids=lambda f: next(iter(f))
+    "fields", [{"format": 1}, {"tag": 99}, {"flags": 1}, {"coordinates": 2**35 + 1}], ids=lambda f: next(iter(f))
 )
 def test_unknown_headers_are_refused(fields: dict[str, int]) -> None:
     with pytest.raises(PayloadError):
-        Encoded.from_bytes(changed(codec("dqsg").encode(gaussian(10), ADDRESS), **fields))
+        Encoded.from_bytes(changed(codec("dqsg"), codec("dqsg").encode(gaussian(10), ADDRESS), **fields))
 
 
 def test_another_codec_or_other_options_are_refused() -> None:
@@ -143,23 +158,23 @@ def test_non_finite_values_and_steps_are_refused(name: str, bad: float) -> None:
     payload = bytearray(codec(name).encode(gaussian(10), ADDRESS).to_bytes())
     payload[HEADER.size : HEADER.size + 4] = np.float32(bad).tobytes()
     with pytest.raises(PayloadError) as caught:
-        codec(name).validate(Encoded.from_bytes(payload))
+        codec(name).validate(Encoded.from_bytes(sealed(codec(name), payload)))
     assert caught.value.reason is Reason.NON_FINITE
 
 
 def test_non_finite_bf16_is_refused() -> None:
     payload = bytearray(codec("bf16").encode(gaussian(10), ADDRESS).to_bytes())
     payload[-2:] = b"\x80\x7f"
-    with pytest.raises(PayloadError):
-        codec("bf16").validate(Encoded.from_bytes(payload))
+    with pytest.raises(PayloadError, match="NaN"):
+        codec("bf16").validate(Encoded.from_bytes(sealed(codec("bf16"), payload)))
 
 
 @pytest.mark.parametrize("step", [-1.0, -0.5, 1e-40, 3e38])
 def test_steps_out_of_range_are_refused(step: float) -> None:
     payload = bytearray(codec("dqsg").encode(gaussian(10), ADDRESS).to_bytes())
     payload[HEADER.size : HEADER.size + 4] = np.float32(step).tobytes()
-    with pytest.raises(PayloadError):
-        codec("dqsg").validate(Encoded.from_bytes(payload))
+    with pytest.raises(PayloadError, match="step"):
+        codec("dqsg").validate(Encoded.from_bytes(sealed(codec("dqsg"), payload)))
 
 
 EXCEPTIONS = [
@@ -178,17 +193,18 @@ EXCEPTIONS = [
 def test_malformed_exceptions_are_refused(exceptions: bytes) -> None:
     used = codec("dqsg", step="rms", levels=30)
     encoded = used.encode(gaussian(100), ADDRESS)
-    assert encoded.header.exception_bytes == 0
-    payload = changed(encoded, exception_bytes=len(exceptions)) + exceptions
+    assert encoded.header.tail_bytes == 0
+    payload = changed(used, encoded, exceptions, tail_bytes=len(exceptions))
     with pytest.raises(PayloadError, match="exceptions"):
         used.validate(Encoded.from_bytes(payload))
 
 
 def test_exceptions_where_there_are_none_are_refused() -> None:
     for name in ("none", "dqsg", "ndqsg"):
-        encoded = codec(name).encode(gaussian(100), ADDRESS)
+        used = codec(name)
+        encoded = used.encode(gaussian(100), ADDRESS)
         with pytest.raises(PayloadError):
-            codec(name).validate(Encoded.from_bytes(changed(encoded, exception_bytes=2) + b"\x00\x00"))
+            used.validate(Encoded.from_bytes(changed(used, encoded, b"\x00\x00", tail_bytes=2)))
 
 
 def test_the_bound_of_size_holds_for_the_worst_vectors() -> None:
@@ -202,6 +218,7 @@ def test_the_bound_of_size_holds_for_the_worst_vectors() -> None:
 
 def test_header_is_as_documented() -> None:
     encoded = codec("none").encode(gaussian(3), ADDRESS)
-    assert encoded.header == Header(1, 1, 0, codec("none").digest, 0, 0, 3)
-    assert (encoded.coordinates, encoded.codec, encoded.nbytes) == (3, "none", 40)
-    assert encoded.bits_per_coordinate == 8 * 40 / 3
+    check = header_check(encoded.data, encoded.nbytes)
+    assert encoded.header == Header(2, 1, 0, codec("none").digest, 0, 0, 3, check)
+    assert (encoded.coordinates, encoded.codec, encoded.nbytes) == (3, "none", 44)
+    assert encoded.bits_per_coordinate == 8 * 44 / 3

@@ -146,5 +146,5 @@ def _compare(name: str, options: dict[str, Any], kind: str, n: int) -> None:
         alpha=chosen.get("alpha", 1.0),
     )
     body, exceptions = reference.encode(x, address, scheme)
-    assert encoded.header.exception_bytes == len(exceptions)
+    assert encoded.header.tail_bytes == len(exceptions)
     assert encoded.to_bytes()[HEADER.size :] == body + exceptions

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from ditherps.codecs import Codec, codec
+from ditherps.codecs import Codec, codec, parse
 from ditherps.dither import Address, Domain
 from ditherps.errors import OptionError, UserError
 from ditherps.kernels import warm
@@ -41,18 +41,6 @@ AVX2_CPU = "x86-64-v3"
 AVX2_FEATURES = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt,+sse3,+ssse3,+sse4.1,+sse4.2,+xsave"
 _ADDRESS = Address(seed=2024, round=1, sender=0, domain=Domain.UPDATE)
 _SIDE_NOISE = 0.1  # standard deviation of the side information around the source, of unit variance
-
-
-def parse_codec(spec: str) -> Codec:
-    """A codec from `name` or `name:option=value,option=value`. Raises OptionError."""
-    name, _, rest = spec.partition(":")
-    options: dict[str, str] = {}
-    for item in filter(None, rest.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise OptionError("codec", spec, "name:option=value,option=value")
-        options[key] = value
-    return codec(name, **options)
 
 
 def _cpu() -> str:
@@ -112,7 +100,7 @@ def run(
     """One record a codec, as `measure` makes it.
 
     Args:
-        codecs: as `parse_codec` reads them.
+        codecs: as `ditherps.codecs.parse` reads them.
         coordinates: length of the vector.
         repeats: of each timing.
         seed: of the vector.
@@ -122,7 +110,7 @@ def run(
     """
     if coordinates < 2 or repeats < 1:
         raise OptionError("coordinates, repeats", (coordinates, repeats), "at least 2 coordinates and 1 repeat")
-    chosen = [parse_codec(c) if isinstance(c, str) else c for c in codecs]
+    chosen = [parse(c) if isinstance(c, str) else c for c in codecs]
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(coordinates, generator=generator)
     side = x + _SIDE_NOISE * torch.randn(coordinates, generator=generator)

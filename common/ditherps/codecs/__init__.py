@@ -11,7 +11,7 @@ from ditherps.codecs.ndqsg import NdqsgCodec
 from ditherps.codecs.none import NoneCodec
 from ditherps.errors import OptionError
 
-__all__ = ["Codec", "Context", "DecodeReport", "Encoded", "Role", "codec", "codec_names"]
+__all__ = ["Codec", "Context", "DecodeReport", "Encoded", "Role", "codec", "codec_names", "parse"]
 
 _REGISTRY: dict[str, type[Codec]] = {c.name: c for c in (NoneCodec, Bf16Codec, DqsgCodec, NdqsgCodec)}
 
@@ -30,3 +30,32 @@ def codec(name: str, **options: Any) -> Codec:
     if name not in _REGISTRY:
         raise OptionError("codec", name, _REGISTRY)
     return _REGISTRY[name](**options)
+
+
+def parse(spec: str) -> Codec:
+    """The codec that `name` or `name:option=value,option=value` describes.
+
+    Commas and equals signs inside parentheses belong to the value: `rotated:inner=(dqsg:levels=7,bucket=0),block=4096`.
+
+    Raises:
+        OptionError: as `codec`, and where the text has another form.
+    """
+    name, _, rest = spec.partition(":")
+    options: dict[str, str] = {}
+    for item in _split(rest):
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise OptionError("codec", spec, "name:option=value,option=value")
+        options[key] = value[1:-1] if value.startswith("(") and value.endswith(")") else value
+    return codec(name, **options)
+
+
+def _split(text: str) -> list[str]:
+    """The parts of `text` between commas that stand in no parentheses."""
+    parts, depth, begin = [], 0, 0
+    for place, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth == 0:
+            parts.append(text[begin:place])
+            begin = place + 1
+    return [part for part in (*parts, text[begin:]) if part]

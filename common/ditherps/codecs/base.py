@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
@@ -27,8 +28,25 @@ from ditherps.errors import ContextMismatchError, EncodingError, NonFiniteError,
 Span: TypeAlias = tuple[int, int]
 Bytes: TypeAlias = NDArray[np.uint8]
 
-FORMAT_VERSION = 1
-TAGS: dict[int, str] = {1: "none", 2: "bf16", 3: "dqsg", 4: "ndqsg"}
+FORMAT_VERSION = 2
+TAGS: dict[int, str] = {
+    1: "none",
+    2: "bf16",
+    3: "dqsg",
+    4: "ndqsg",
+    5: "qsgd",
+    6: "terngrad",
+    7: "maxnorm",
+    8: "maxnorm-multiscale",
+    9: "signsgd",
+    10: "topk",
+    11: "randk",
+    12: "globalrandk",
+    13: "natural",
+    14: "eden",
+    15: "rotated",
+    16: "scaled",
+}
 
 
 class Role(enum.StrEnum):
@@ -81,11 +99,25 @@ class Header(NamedTuple):
     flags: int
     options: int
     context: int
-    exception_bytes: int
+    tail_bytes: int
     coordinates: int
+    check: int
 
 
-HEADER = struct.Struct("<BBHIIQQ")
+HEADER = struct.Struct("<BBHIIQQI")
+_CHECK_AT = HEADER.size - 4
+
+
+def checksum(data: Bytes) -> int:
+    """The low 32 bits of XXH3-64, which guards every part of a payload against accidents."""
+    return xxhash.xxh3_64_intdigest(data.data) & 0xFFFFFFFF
+
+
+def header_check(data: Bytes, sealed: int) -> int:
+    """The header's `check`: of the first `sealed` bytes of a payload, without itself."""
+    state = xxhash.xxh3_64(data[:_CHECK_AT].data)
+    state.update(data[HEADER.size : sealed].data)
+    return state.intdigest() & 0xFFFFFFFF
 
 
 class Encoded:
@@ -152,9 +184,9 @@ class Encoded:
             raise PayloadError(f"payload has unknown flags {header.flags:#x}")
         if header.coordinates > MAX_COORDINATES:
             raise PayloadError(f"payload announces {header.coordinates} coordinates, beyond 2^35", Reason.SIZE)
-        if header.exception_bytes > data.size - HEADER.size:
+        if header.tail_bytes > data.size - HEADER.size:
             raise PayloadError(
-                f"payload announces {header.exception_bytes} exception bytes, more than it has", Reason.SIZE
+                f"payload announces {header.tail_bytes} bytes of its last section, more than it has", Reason.SIZE
             )
         return cls(data, header)
 
@@ -359,8 +391,30 @@ class Codec(ABC):
         failed = self._accumulate(encoded, index, address, target, np.float32(weight), (lo, hi), side)
         return DecodeReport(hi - lo, -(-(hi - lo) // TILE), failed)
 
-    def _header(self, coordinates: int, context: Context, exception_bytes: int = 0) -> Header:
-        return Header(FORMAT_VERSION, self.tag, 0, self.digest, context.check, exception_bytes, coordinates)
+    def _finished(
+        self, data: Bytes, coordinates: int, context: Context, tail_bytes: int = 0, sealed: int | None = None
+    ) -> Encoded:
+        """The payload whose sections are in `data` behind room for the header, which is written here, checksum last.
+
+        Args:
+            data: writable, not needed by the caller any more.
+            coordinates: of the vector.
+            context: that it was encoded with.
+            tail_bytes: length of its last section, where no other field tells.
+            sealed: bytes from the beginning that the header's checksum covers; default all. See `_sealed_bytes`.
+        """
+        fields = (FORMAT_VERSION, self.tag, 0, self.digest, context.check, tail_bytes, coordinates)
+        HEADER.pack_into(data.data, 0, *fields, 0)
+        header = Header(*fields, header_check(data, data.size if sealed is None else sealed))
+        HEADER.pack_into(data.data, 0, *header)
+        return Encoded(data, header)
+
+    def _sealed_bytes(self, encoded: Encoded) -> int:
+        """Bytes from the beginning that the header's checksum covers; at least the header, and no more than there are.
+
+        Overridden where parts of a payload have checksums of their own.
+        """
+        return encoded.nbytes
 
     def _indexed(self, encoded: Encoded, context: Context | None) -> Any:
         """The index of a payload, made once; see `validate` for the errors."""
@@ -374,6 +428,8 @@ class Codec(ABC):
             raise PayloadError(f"payload was encoded by {encoded.codec}, not {self.name}")
         if header.options != self.digest:
             raise PayloadError(f"payload was encoded by {self.name} with other options than {self!r}")
+        if header_check(encoded.data, self._sealed_bytes(encoded)) != header.check:
+            raise PayloadError("payload does not match its checksum", Reason.DIGEST_MISMATCH)
         index = self._index(encoded)
         encoded.index = (self, index)
         return index

@@ -27,10 +27,9 @@ class Bf16Codec(PlainCodec):
 
     def _encode(self, x: NDArray[np.float32], address: Address, context: Context) -> Encoded:
         rounded = torch.from_numpy(x).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-        encoded = self._pack(rounded, context)
-        if not self._finite(encoded.data[encoded.nbytes - 2 * x.size :].view(np.uint16)):
+        if not self._finite(rounded):
             raise BadInput(0, x.size, "beyond the range of bfloat16")
-        return encoded
+        return self._pack(rounded, context)
 
     def _add(self, values: NDArray[Any], into: NDArray[np.float32], weight: np.float32) -> None:
         cpu.accumulate_bf16(values, into, weight, cpu.workspace())

@@ -167,9 +167,7 @@ class FixedCodec(Codec):
             used = np.concatenate((used, behind))
         elif used.size < data.size // 2:
             used = used.copy()  # mostly zero buckets: do not hold on to memory that is not needed
-        header = self._header(n, context, behind.size)
-        HEADER.pack_into(used.data, 0, *header)
-        return Encoded(used, header)
+        return self._finished(used, n, context, behind.size)
 
     def _exceptions(self, x: NDArray[np.float32], stream: Stream, bucket: int, steps: NDArray[np.float32]) -> Bytes:
         """The bytes of the exceptions of x."""
@@ -184,7 +182,7 @@ class FixedCodec(Codec):
         scheme = self._scheme(n)
         buckets = self._buckets(n)
         begin = HEADER.size + 4 * buckets
-        end = size - encoded.header.exception_bytes
+        end = size - encoded.header.tail_bytes
         if begin > end:
             raise PayloadError(f"payload of {size} bytes has no room for the steps of {buckets} buckets", Reason.SIZE)
         steps = encoded.data[HEADER.size : begin].view(np.float32)

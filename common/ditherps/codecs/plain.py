@@ -37,15 +37,13 @@ class PlainCodec(Codec):
         return math.nan
 
     def _pack(self, values: NDArray[Any], context: Context) -> Encoded:
-        header = self._header(values.size, context)
         data = np.empty(self.max_nbytes(values.size), np.uint8)
-        HEADER.pack_into(data.data, 0, *header)
         data[HEADER.size :].view(self.item)[:] = values
-        return Encoded(data, header)
+        return self._finished(data, values.size, context)
 
     def _index(self, encoded: Encoded) -> NDArray[Any]:
         expected = self.max_nbytes(encoded.coordinates)
-        if encoded.nbytes != expected or encoded.header.exception_bytes:
+        if encoded.nbytes != expected or encoded.header.tail_bytes:
             raise PayloadError(f"payload has {encoded.nbytes} bytes, expected {expected}", Reason.SIZE)
         values = encoded.data[HEADER.size :].view(self.item)
         if not self._finite(values):
