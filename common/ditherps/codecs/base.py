@@ -233,7 +233,7 @@ class Codec(ABC):
     needs_side_information: ClassVar[bool] = False
     summable: ClassVar[bool] = False
     roles: ClassVar[tuple[Role, ...]] = (Role.SOURCE,)
-    chunk_coordinates: ClassVar[int] = TILE
+    chunk_coordinates: int = TILE
 
     def __init__(self, **options: Any) -> None:
         self.options = parse_options(self.Options, self.name, options)
