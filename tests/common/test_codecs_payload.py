@@ -25,6 +25,7 @@ CODECS: list[tuple[str, dict[str, Any]]] = [
     ("dqsg", {"levels": 3, "bucket": 64}),
     ("dqsg", {"step": "rms", "levels": 1, "bucket": 0}),
     ("ndqsg", {}),
+    ("scaled", {"inner": "dqsg:levels=1,bucket=64"}),
 ]
 
 

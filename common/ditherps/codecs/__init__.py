@@ -9,11 +9,12 @@ from ditherps.codecs.bf16 import Bf16Codec
 from ditherps.codecs.dqsg import DqsgCodec
 from ditherps.codecs.ndqsg import NdqsgCodec
 from ditherps.codecs.none import NoneCodec
+from ditherps.codecs.scaled import ScaledCodec
 from ditherps.errors import OptionError
 
 __all__ = ["Codec", "Context", "DecodeReport", "Encoded", "Role", "codec", "codec_names", "parse"]
 
-_REGISTRY: dict[str, type[Codec]] = {c.name: c for c in (NoneCodec, Bf16Codec, DqsgCodec, NdqsgCodec)}
+_REGISTRY: dict[str, type[Codec]] = {c.name: c for c in (NoneCodec, Bf16Codec, DqsgCodec, NdqsgCodec, ScaledCodec)}
 
 
 def codec_names() -> list[str]:

@@ -220,6 +220,7 @@ class Codec(ABC):
         name: in job files and `ditherps.codec`.
         tag: in payloads.
         unbiased: decoding gives the vector in expectation over the dither.
+        contractive: E||C(x) - x||^2 <= (1 - delta) ||x||^2 for every x and some delta > 0, which error feedback needs.
         needs_side_information: decoding needs a vector near the encoded one.
         summable: payloads of several workers can be added before decoding.
         roles: what workers that use it can be.
@@ -230,6 +231,7 @@ class Codec(ABC):
     tag: ClassVar[int]
     Options: ClassVar[type[Options]]
     unbiased: bool = True
+    contractive: bool = False
     needs_side_information: ClassVar[bool] = False
     summable: ClassVar[bool] = False
     roles: ClassVar[tuple[Role, ...]] = (Role.SOURCE,)

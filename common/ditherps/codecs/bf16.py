@@ -20,6 +20,7 @@ class Bf16Codec(PlainCodec):
     name = "bf16"
     tag = 2
     unbiased = False
+    contractive = True
     item = np.uint16
 
     def _finite(self, values: NDArray[Any]) -> bool:

@@ -145,9 +145,13 @@ class FixedCodec(Codec):
     def expected_squared_error(self, encoded: Encoded) -> float:
         """step^2 / 12 a coordinate (Schuchman 1964)."""
         buckets, bucket = self._buckets(encoded.coordinates), self._bucket(encoded.coordinates)
-        steps = encoded.data[HEADER.size : HEADER.size + 4 * buckets].view(np.float32).astype(np.float64)
+        if not buckets:
+            return 0.0
+        # The order of the sum is fixed: `scaled` makes bytes of it.
+        steps = encoded.data[HEADER.size : HEADER.size + 4 * buckets].view(np.float32)
+        before = float(cpu.sum_of_squares(steps, 0, buckets - 1, cpu.workspace().sums))
         last = encoded.coordinates - bucket * (buckets - 1)
-        return float(bucket * np.dot(steps[:-1], steps[:-1]) + last * steps[-1] ** 2) / 12 if buckets else 0.0
+        return (bucket * before + last * float(steps[-1]) ** 2) / 12
 
     def _encode(self, x: NDArray[np.float32], address: Address, context: Context) -> Encoded:
         n = x.size

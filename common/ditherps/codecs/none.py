@@ -18,6 +18,7 @@ class NoneCodec(PlainCodec):
 
     name = "none"
     tag = 1
+    contractive = True
     summable = True
     item = np.float32
 
