@@ -7,14 +7,35 @@ from typing import Any
 from ditherps.codecs.base import Codec, Context, DecodeReport, Encoded, Role
 from ditherps.codecs.bf16 import Bf16Codec
 from ditherps.codecs.dqsg import DqsgCodec
+from ditherps.codecs.globalrandk import GlobalRandkCodec
+from ditherps.codecs.multiscale import MultiscaleCodec
+from ditherps.codecs.natural import NaturalCodec
 from ditherps.codecs.ndqsg import NdqsgCodec
 from ditherps.codecs.none import NoneCodec
+from ditherps.codecs.randk import RandkCodec
 from ditherps.codecs.scaled import ScaledCodec
+from ditherps.codecs.signsgd import SignsgdCodec
+from ditherps.codecs.topk import TopkCodec
 from ditherps.errors import OptionError
 
 __all__ = ["Codec", "Context", "DecodeReport", "Encoded", "Role", "codec", "codec_names", "parse"]
 
-_REGISTRY: dict[str, type[Codec]] = {c.name: c for c in (NoneCodec, Bf16Codec, DqsgCodec, NdqsgCodec, ScaledCodec)}
+_REGISTRY: dict[str, type[Codec]] = {
+    c.name: c
+    for c in (
+        NoneCodec,
+        Bf16Codec,
+        DqsgCodec,
+        NdqsgCodec,
+        ScaledCodec,
+        GlobalRandkCodec,
+        MultiscaleCodec,
+        NaturalCodec,
+        RandkCodec,
+        SignsgdCodec,
+        TopkCodec,
+    )
+}
 
 
 def codec_names() -> list[str]:
