@@ -1,4 +1,4 @@
-"""Commands that belong to neither end: local, status, plot, bench."""
+"""Commands that belong to neither end: local, compare, status, plot, bench."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ditherps.bench.commands import bench
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command()(local)
+    app.command()(compare)
     app.command()(status)
     app.command()(plot)
     app.add_typer(bench, name="bench")
@@ -46,6 +47,39 @@ def local(
     result, exit_code = run_local(job, folder, data_dir, verbose=verbose)
     if json_ and result is not None:
         print(json.dumps(result), flush=True)
+    raise typer.Exit(exit_code)
+
+
+def compare(
+    codec: Annotated[
+        list[str],
+        typer.Option(
+            "--codec", "-c", help="NAME or NAME:option=value,...; repeat it for each codec.", show_default=False
+        ),
+    ],
+    task: options.Task = None,
+    model: options.Model = None,
+    workers: options.Workers = None,
+    rounds: options.Rounds = None,
+    mode: options.Mode = None,
+    seed: options.Seed = None,
+    set_: options.Set = None,
+    config: options.Config = None,
+    data_dir: options.DataDir = None,
+    run_dir: options.RunDir = None,
+    json_: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Train one task under several codecs on this machine, one after another, and compare what it cost."""
+    from ditherps import compare as comparing
+
+    flags = options.job_flags(task, model, workers, rounds, None, None, mode, seed, set_)
+    jobs = comparing.resolve(codec, flags, config)
+    folder = run_dir or options.default_run_dir(jobs[0].config.task, "compare")
+    comparison, exit_code = comparing.compare(codec, jobs, folder, data_dir, verbose=verbose)
+    comparing.print_table(comparison)
+    if json_:
+        print(json.dumps(comparison), flush=True)
     raise typer.Exit(exit_code)
 
 

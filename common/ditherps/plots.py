@@ -1,21 +1,25 @@
-"""PNG plots of run folders: accuracy against bits sent, bits per round, runs beside each other."""
+"""PNG plots: of run folders, accuracy against bits sent and time, bits per round; of codecs, error against bits."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
+from ditherps.bench.limits import shannon_bits
 from ditherps.errors import UserError
 
 mpl.use("Agg")
 
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _SIZE = (7.0, 4.2)
+_MOST_BITS = 10.0
 
 Record = dict[str, Any]
 
@@ -35,20 +39,27 @@ def plot_run(run_dir: Path) -> list[Path]:
     points = _evaluations(records, result)
     if not points:
         return paths
-    accuracy = [point[2] for point in points]
+    accuracy = [point.accuracy for point in points]
     figure = Figure(_SIZE, layout="constrained")
     axes = figure.subplots()
-    up, both = [8e-6 * up for up, _, _ in points], [8e-6 * (up + down) for up, down, _ in points]
+    up, both = [8e-6 * point.up for point in points], [8e-6 * (point.up + point.down) for point in points]
     axes.plot(up, accuracy, "o-", ms=3, color=_COLORS[0], label="uplink")
     axes.plot(both, accuracy, "o-", ms=3, color=_COLORS[1], label="uplink + downlink")
     _accuracy_axes(axes, title, "bits sent by then (Mbit)", first=up[min(1, len(up) - 1)])
     return [_save(figure, run_dir / "accuracy_bits.png"), *paths]
 
 
-def plot_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
-    """Draw test accuracy against uplink bits of several runs of one task, and return `path`.
+def plot_comparison(
+    run_dirs: Sequence[Path],
+    path: Path,
+    *,
+    against: Literal["bits", "seconds"] = "bits",
+    labels: Sequence[str] | None = None,
+) -> Path:
+    """Draw test accuracy against uplink bits, or against time, of several runs of one task, and return `path`.
 
-    Raises `UserError` for a folder that does not hold a finished run.
+    `labels` name the runs; default: by codec and options. Raises `UserError` for a folder that does not hold a finished
+    run.
     """
     figure = Figure(_SIZE, layout="constrained")
     axes = figure.subplots()
@@ -60,12 +71,72 @@ def plot_comparison(run_dirs: Sequence[Path], path: Path) -> Path:
         points = _evaluations(records, result)[1:]
         if not points:
             raise UserError(f"{run_dir} holds no evaluation after its first round")
-        bits, task = [8e-6 * up for up, _, _ in points], str(result["task"])
-        axes.plot(bits, [p[2] for p in points], "o-", ms=3, color=_COLORS[place % len(_COLORS)], label=_label(result))
-        first = min(first, bits[0])
-    _accuracy_axes(axes, task, "uplink bits of all workers (Mbit)", first)
-    axes.set_xscale("log")
+        spent = [8e-6 * point.up if against == "bits" else point.seconds for point in points]
+        name, task = labels[place] if labels else _label(result), str(result["task"])
+        axes.plot(spent, [p.accuracy for p in points], "o-", ms=3, color=_COLORS[place % len(_COLORS)], label=name)
+        first = min(first, spent[0])
+    _accuracy_axes(axes, task, "uplink bits of all workers (Mbit)" if against == "bits" else "seconds", first)
+    axes.set_xscale("log" if against == "bits" else "linear")
     return _save(figure, path)
+
+
+def plot_rate_distortion(records: Sequence[Record], path: Path) -> Path:
+    """Draw the error of codecs against their bits, as `ditherps.bench.codecs.run` records them, and return `path`.
+
+    One panel a source, with the limits for unbiased and for biased codecs where they are known, else those of a
+    Gaussian of the same variance. Points bear numbers, which the legend explains. Codecs without error, or with more
+    than 10 bits, are left out.
+    """
+    shown = [record for record in records if record["nmse"] > 0 and record["bits_per_coordinate"] <= _MOST_BITS]
+    sources = list(dict.fromkeys(record["source"] for record in records))
+    specs = list(dict.fromkeys((record["spec"], record["codec"], record["unbiased"]) for record in shown))
+    families = list(dict.fromkeys(codec for _, codec, _ in specs))
+    columns = min(len(sources), 2)
+    rows = -(-len(sources) // columns)
+    figure = Figure((5.4 * columns + 2.6, 4.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, source in zip(panels, sources, strict=False):
+        here = [record for record in shown if record["source"] == source]
+        for record in here:
+            style = _marker(families.index(record["codec"]), record["unbiased"])
+            point = (record["bits_per_coordinate"], record["nmse"])
+            axes.plot(*point, **style)
+            number = 1 + specs.index((record["spec"], record["codec"], record["unbiased"]))
+            axes.annotate(str(number), point, (4, 3), textcoords="offset points", fontsize=7, color=style["color"])
+        _limit_curves(axes, source, [record["nmse"] for record in here])
+        axes.set(xlabel="bits a coordinate, all bytes counted", ylabel="NMSE", title=source, yscale="log")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="upper right", fontsize=7)
+    for empty in figure.axes[len(sources) :]:
+        empty.remove()
+    handles = [
+        Line2D([], [], ls="", label=f"{number} {_shortened(spec)}", **_marker(families.index(codec), unbiased))
+        for number, (spec, codec, unbiased) in enumerate(specs, 1)
+    ]
+    title = "filled: unbiased, hollow: biased"
+    figure.legend(handles=handles, loc="outside right upper", fontsize=7, title=title, title_fontsize=7)
+    return _save(figure, path)
+
+
+def _marker(family: int, unbiased: bool) -> dict[str, Any]:
+    color = _COLORS[family % len(_COLORS)]
+    shape = "osD^v"[family // len(_COLORS) % 5]
+    return {"marker": shape, "ms": 5, "color": color, "mfc": color if unbiased else "white"}
+
+
+def _shortened(text: str, most: int = 48) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _limit_curves(axes: Any, source: str, reached: Sequence[float]) -> None:
+    """Shannon's limit over the errors that were reached."""
+    known = shannon_bits(source, 0.5) is not None
+    nmse = np.geomspace(min([0.01, *reached]) / 2, max([1.0, *reached]) * 2, 120)
+    for unbiased, line in ((True, "-"), (False, "--")):
+        bits = [shannon_bits(source if known else "gaussian", float(d), unbiased=unbiased) for d in nmse]
+        label = f"limit{'' if known else ' of a Gaussian'}, {'unbiased' if unbiased else 'biased'}"
+        axes.plot(bits, nmse, line, color="black" if known else "silver", lw=1, label=label)
 
 
 def _label(result: Record) -> str:
@@ -78,14 +149,24 @@ def _read_result(run_dir: Path) -> Record:
     return result
 
 
-def _evaluations(records: list[Record], result: Record) -> list[tuple[int, int, float]]:
-    """Bytes sent up and down before each evaluation, and its accuracy."""
-    # A record evaluates the model before its round: that cost what had been sent up to the round before.
-    sent = [(0, 0), *((r["uplink_total_bytes"], r["downlink_total_bytes"]) for r in records)]
-    points = [(*sent[i], r["test_accuracy"]) for i, r in enumerate(records) if r["test_accuracy"] is not None]
-    if result["test_accuracy"] is not None:
-        points.append((*sent[-1], result["test_accuracy"]))
-    return points
+class _Evaluation(NamedTuple):
+    """Bytes sent up and down and seconds gone before an evaluation, and its accuracy."""
+
+    up: int
+    down: int
+    seconds: float
+    accuracy: float
+
+
+def _evaluations(records: list[Record], result: Record) -> list[_Evaluation]:
+    """The evaluations of a run, oldest first."""
+    # A record evaluates the model before its round: that cost what had been spent up to the round before.
+    spent = [
+        (0, 0, 0.0),
+        *((r["uplink_total_bytes"], r["downlink_total_bytes"], r["elapsed_seconds"]) for r in records),
+    ]
+    known = [(i, r["test_accuracy"]) for i, r in enumerate(records)] + [(len(records), result["test_accuracy"])]
+    return [_Evaluation(*spent[i], accuracy) for i, accuracy in known if accuracy is not None]
 
 
 def _accuracy_axes(axes: Any, title: str, x_label: str, first: float) -> None:

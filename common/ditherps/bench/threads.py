@@ -1,0 +1,106 @@
+"""What a second thread gains: a codec's encoding and decoding, beside a loop that only computes, in the same run.
+
+Threads of a shared machine may be halves of one core, or have other work: only the ratio of the two gains says whether
+a codec's threads wait for each other or for memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ditherps.bench.quality import round_address
+from ditherps.codecs import Codec, Encoded
+from ditherps.dither import TILE
+from ditherps.kernels.jit import kernel
+from ditherps.kernels.philox import Stream, philox_tile
+
+_TILES_A_PIECE = 8192  # about 3 ms of dither
+_PIECES_A_THREAD = 8
+_SPAN = 32 * TILE  # coordinates of one task at least, as where the server adds up
+
+
+@kernel
+def _compute(stream: Stream, tiles: int, out: NDArray[np.uint16], nothing: NDArray[np.float32]) -> None:
+    """Make the dither of `tiles` tiles, one over the other: arithmetic alone, in a core's nearest cache."""
+    for tile in range(tiles):
+        philox_tile(stream, tile, out, nothing, 0)
+
+
+def _piece(_: int) -> None:
+    _compute(round_address(0).stream(0), _TILES_A_PIECE, np.empty(TILE, np.uint16), np.empty(0, np.float32))
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def spans(used: Codec, coordinates: int) -> list[tuple[int, int]]:
+    """The vector in pieces that decode alone, each a multiple of the codec's chunk."""
+    unit = -(-_SPAN // used.chunk_coordinates) * used.chunk_coordinates
+    return [(lo, min(lo + unit, coordinates)) for lo in range(0, coordinates, unit)]
+
+
+def encode_takes_pool(used: Codec) -> bool:
+    """Whether the codec's `encode` can work with several threads."""
+    return "pool" in inspect.signature(used.encode).parameters
+
+
+def gains(used: Codec, x: Tensor, encoded: Encoded, side: Tensor, threads: int, repeats: int) -> dict[str, Any]:
+    """How many times faster `threads` threads are than one: medians, taken in turn.
+
+    Args:
+        used: the codec.
+        x: what is encoded.
+        encoded: x in round 0.
+        side: what the server knows.
+        threads: at least 2.
+        repeats: of each timing.
+
+    Returns:
+        `compute_gain` of a loop without memory, `accumulate_gain` and `encode_gain`; that is None where the codec
+        encodes with one thread only.
+    """
+    pieces = range(_PIECES_A_THREAD * threads)
+    into, address, parts = torch.zeros(x.numel()), round_address(0), spans(used, x.numel())
+
+    def add(span: tuple[int, int]) -> None:
+        lo, hi = span
+        known = side[lo:hi] if used.needs_side_information else None
+        used.accumulate(encoded, address, into[lo:hi], 0.5, span, side_information=known)
+
+    with ThreadPoolExecutor(threads) as pool:
+
+        def both(work: Callable[[Any], object], over: Sequence[Any]) -> tuple[Callable[[], object], ...]:
+            return lambda: [work(one) for one in over], lambda: list(pool.map(work, over))
+
+        pairs = {"compute_gain": both(_piece, pieces), "accumulate_gain": both(add, parts)}
+        if encode_takes_pool(used):
+            with_pool: dict[str, Any] = {"pool": pool}
+            alone = functools.partial(used.encode, x, address)
+            pairs["encode_gain"] = (alone, functools.partial(used.encode, x, address, **with_pool))
+        for pair in pairs.values():
+            for action in pair:
+                action()  # kernels load, and every thread gets its own room
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in pairs}
+        for _ in range(repeats):
+            for name, (one, many) in pairs.items():
+                seconds[name].append((timed(one), timed(many)))
+    result: dict[str, Any] = {"threads": threads, "encode_gain": None}
+    for name, times in seconds.items():
+        one, many = (statistics.median(column) for column in zip(*times, strict=True))
+        result[name] = one / many
+    return result
