@@ -51,7 +51,7 @@ def _philox(stream: Stream, c0: np.uint64) -> tuple[np.uint64, np.uint64, np.uin
 
 
 @kernel
-def philox_tile(stream: Stream, tile: int, out: NDArray[np.uint16], ahead: NDArray[np.float32], at: int) -> None:
+def philox_tile(stream: Stream, tile: Int, out: NDArray[np.uint16], ahead: NDArray[np.float32], at: int) -> None:
     """Write the 4096 lanes of dither tile `tile` to `out[:4096]`.
 
     Meanwhile as much of `ahead` as a tile holds, from `ahead[at]` on, is asked for: what the caller reads next.
