@@ -104,7 +104,7 @@ def table(comparison: Mapping[str, Any]) -> Table:
     about = f", {well['rounds']} rounds, {well['workers']} workers" if well else ""
     result = Table(title=f"{comparison['task']}{about}", padding=(0, 1, 0, 0))
     result.caption = "up, down: all workers; bits: uplink, a coordinate; below: how many times less than float32"
-    result.add_column("codec", overflow="fold", min_width=16)
+    result.add_column("codec", overflow="fold", min_width=14)
     for column in ("accuracy", "loss", "up Mbit", "bits", "below", "seconds", "down Mbit"):
         result.add_column(column, justify="right", no_wrap=True)
     for row in rows:

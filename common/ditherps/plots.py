@@ -20,6 +20,7 @@ mpl.use("Agg")
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _SIZE = (7.0, 4.2)
 _MOST_BITS = 10.0
+_SPENT = {"bits": "uplink bits of all workers (Mbit)", "seconds": "seconds since the first round closed"}
 
 Record = dict[str, Any]
 
@@ -58,6 +59,7 @@ def plot_comparison(
 ) -> Path:
     """Draw test accuracy against uplink bits, or against time, of several runs of one task, and return `path`.
 
+    Time is that since the first round closed: this one includes what workers load and compile before they begin.
     `labels` name the runs; default: by codec and options. Raises `UserError` for a folder that does not hold a finished
     run.
     """
@@ -71,11 +73,12 @@ def plot_comparison(
         points = _evaluations(records, result)[1:]
         if not points:
             raise UserError(f"{run_dir} holds no evaluation after its first round")
-        spent = [8e-6 * point.up if against == "bits" else point.seconds for point in points]
+        began = records[0]["elapsed_seconds"]
+        spent = [8e-6 * point.up if against == "bits" else point.seconds - began for point in points]
         name, task = labels[place] if labels else _label(result), str(result["task"])
         axes.plot(spent, [p.accuracy for p in points], "o-", ms=3, color=_COLORS[place % len(_COLORS)], label=name)
         first = min(first, spent[0])
-    _accuracy_axes(axes, task, "uplink bits of all workers (Mbit)" if against == "bits" else "seconds", first)
+    _accuracy_axes(axes, task, _SPENT[against], first)
     axes.set_xscale("log" if against == "bits" else "linear")
     return _save(figure, path)
 

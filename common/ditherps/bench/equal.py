@@ -48,6 +48,10 @@ class Knob(NamedTuple):
 
 KNOBS: Final[dict[str, Knob]] = {
     "dqsg": Knob("resolution", 2.0**-8, 16.0, finer=False, notch=0, given=("step=rms",)),
+    "topk": Knob("fraction", 2.0**-14, 1.0, finer=True, notch=0, given=("values=bf16",)),
+    "randk": Knob("fraction", 2.0**-14, 1.0, finer=True, notch=0, given=("values=bf16",)),
+    "globalrandk": Knob("fraction", 2.0**-14, 1.0, finer=True, notch=0),
+    "maxnorm-multiscale": Knob("low", 1, 11, finer=True, notch=1, given=("high=12",)),
 }
 """By codec; a codec without an entry is measured as it is."""
 
