@@ -83,6 +83,9 @@ class JobConfig(_Config):
     mode: Literal["gradient", "local"] = "gradient"
     codec: str = "ndqsg"
     codec_options: dict[str, Any] = Field(default_factory=dict)
+    error_feedback: bool = False
+    """Each worker adds what compression lost of an update to its next one. Needs a contractive codec, such as scaled,
+    signsgd or topk. A worker that is started again begins without what it carried."""
     seed: int = Field(1, ge=0, lt=2**64)
     batch_size: int = Field(32, ge=1)
     """Samples of a worker in one step."""

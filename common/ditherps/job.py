@@ -10,6 +10,7 @@ from typing import Any
 from ditherps.codecs import codec as make_codec
 from ditherps.config import JobConfig, ServerConfig, WorkerConfig, merged, read_job_file, validated
 from ditherps.errors import OptionError
+from ditherps.feedback import require_contractive
 from ditherps.tasks import Recipe, Task, load_task
 
 
@@ -39,7 +40,9 @@ def resolve_job(flags: Mapping[str, Any], path: Path | None = None) -> ResolvedJ
     task = load_task(str(asked.get("task", JobConfig.model_fields["task"].default)))
     recipe = task.recipe(asked.get("model") or None)
     job = validated(JobConfig, merged(_defaults(recipe, asked), asked))
-    make_codec(job.codec, **job.codec_options)
+    codec = make_codec(job.codec, **job.codec_options)
+    if job.error_feedback:
+        require_contractive(codec)
     return ResolvedJob(job, task, server, worker)
 
 

@@ -84,6 +84,8 @@ class Coordinator:
         self._evaluating = asyncio.Lock()
         self._finished: asyncio.Future[Reason] = asyncio.get_running_loop().create_future()
         self._closed: tuple[types_pb2.RoundResult, frozenset[int]] | None = None
+        self._entered: dict[int, types_pb2.RoundResult] = {}
+        """By worker, the last round that its contribution entered: it may not have been listening."""
         self._evaluation: Evaluation | None = None
         self._counted = self._exported = Traffic()
         self._payload_before = (0, 0)
@@ -123,7 +125,8 @@ class Coordinator:
 
     def watch(self, index: int) -> Watchers.Stream:
         """The stream of changes for a worker, beginning with the present state."""
-        return self._watchers.begin(index, self._response(index, closed=None))
+        entered = self._entered.get(index)
+        return self._watchers.begin(index, self._response(index, entered and (entered, frozenset([index]))))
 
     def admit(self, index: int, header: pb.PushHeader) -> Contribution:
         """Check what a Push announces and make room for it.
@@ -429,6 +432,7 @@ class Coordinator:
             abandoned=reason.value if reason else "",
         )  # fmt: skip
         self._closed = (result, frozenset(members))
+        self._entered.update(dict.fromkeys(members, result))
 
     def _finish(self, reason: Reason) -> None:
         if not self._finished.done():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import torch
 
 import ditherps
 from ditherps.codecs import Role
 from ditherps.config import JobConfig
 from ditherps.dither import Address, Domain
+from ditherps.feedback import ErrorFeedback
 from ditherps.tasks import Task
 from ditherps_server.aggregate import Sender, mean_buffers, weighted_mean
 from ditherps_server.model import ServerModel
@@ -16,25 +19,34 @@ from ditherps_server.rounds import assign_roles
 from ditherps_worker.compute import Computer
 
 
-def simulated(job: JobConfig, task: Task) -> str:
-    """The SHA-256 of the job's model. Set torch as a worker does (`make_deterministic`) before."""
+def simulated(job: JobConfig, task: Task, members: Sequence[Collection[int]] = ()) -> str:
+    """The SHA-256 of the job's model. Set torch as a worker does (`make_deterministic`) before.
+
+    `members`: the workers whose contributions entered, round by round; default all of them in each.
+    """
     model, codec = ServerModel(task.build(job.model or None, job.seed)), ditherps.codec(job.codec, **job.codec_options)
     computers = [Computer(job, index, task, None, torch.device("cpu")) for index in range(job.workers)]
     fraction = getattr(codec.options, "side_fraction", 1.0) if Role.NESTED in codec.roles else 1.0
     roles = assign_roles(tuple(range(job.workers)), fraction)
     optimizer = ServerOptimizer(model.x, job.optimizer, job.schedule, job.rounds)
     update = torch.empty_like(model.x)
+    feedback = [ErrorFeedback(codec, model.x.numel()) for _ in computers] if job.error_feedback else []
     for round_ in range(job.rounds):
         senders, buffers, weights = [], [], []
         for index, computer in enumerate(computers):
+            if members and index not in members[round_]:
+                continue
             model.copy_into(computer.model)
             mine = computer.update(round_)
             address = Address(job.seed, round_, index, Domain.UPDATE)
             used = codec.for_role(roles[index])
-            senders.append(Sender(roles[index], used, used.encode(mine.vector, address), address, float(mine.samples)))
+            encoded = (feedback[index] if feedback else used).encode(mine.vector, address)
+            senders.append(Sender(roles[index], used, encoded, address, float(mine.samples)))
             buffers.append(memoryview(mine.buffers))
             weights.append(float(mine.samples))
         weighted_mean(senders, update, running_side=getattr(codec.options, "side", "") == "running")
+        for sender in senders if feedback else ():
+            feedback[sender.address.sender].commit(included=True)
         optimizer.apply(update)
         model.advance(mean_buffers(model.layout, buffers, weights))
     return model.sha256

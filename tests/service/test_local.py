@@ -219,6 +219,32 @@ def test_a_users_task_with_batch_norm_in_mode_local(tmp_path: Path) -> None:
     assert simulated(job_of(tmp_path / "run"), Tiny()) == result["model_sha256"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("_as_a_worker")
+def test_error_feedback_with_a_scaled_codec(tmp_path: Path) -> None:
+    done = run(["local", "--json", "--task", "digits", "--codec", "scaled", "--codec-option", "inner=dqsg:levels=0.5",
+                "--workers", 2, "--rounds", 8, "--set", "error_feedback=true",
+                "--run-dir", tmp_path / "run"])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result, job = last_json(done.stdout), job_of(tmp_path / "run")
+    check_run(tmp_path / "run", result, load_task("digits"))
+    assert job.error_feedback
+    assert simulated(job, load_task("digits")) == result["model_sha256"]
+    without = job.model_copy(update={"error_feedback": False})
+    assert simulated(without, load_task("digits")) != result["model_sha256"]
+
+
+def test_error_feedback_that_would_diverge_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    done = run(["local", "--codec", "dqsg", "--codec-option", "levels=0.5", "--set", "error_feedback=true",
+                "--run-dir", tmp_path / "run"])  # fmt: skip
+    assert (done.returncode, done.stdout) == (ExitCode.USAGE, "")
+    assert done.stderr == (
+        "error: codec = 'dqsg:levels=0.5' is not allowed; allowed: with error feedback a contractive one, such as "
+        "scaled:inner=(dqsg:levels=0.5)\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_wrong_option_is_refused_before_anything_starts(tmp_path: Path) -> None:
     done = run(["local", "--codec", "dqsg", "--codec-option", "levels=0.3", "--run-dir", tmp_path / "run"])
     assert done.returncode == ExitCode.USAGE

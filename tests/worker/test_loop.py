@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from torch import Tensor
 
 from ditherps import wire
 from ditherps.config import JobConfig, LocalConfig, SplitConfig, WorkerConfig
-from ditherps.errors import Reason, RefusedError, RunFailedError, UnreachableError
+from ditherps.errors import OptionError, Reason, RefusedError, RunFailedError, UnreachableError
 from ditherps.metrics import WorkerMetrics
 from ditherps.tasks import Samples, Task
+from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 from ditherps_worker.client import Client, PushStats
 from ditherps_worker.compute import Computer
 from ditherps_worker.loop import Loop
-from tests.service.inprocess import Peer, serving
+from tests.service.inprocess import Peer, Served, serving
 from tests.service.simulation import simulated
 from tests.tiny import Tiny
 
@@ -35,10 +36,12 @@ CPU = torch.device("cpu")
 STATS = PushStats(samples=8, loss=1.0, nmse=0.1, compute_seconds=0.0, encode_seconds=0.0)
 
 
-async def worker(address: str, name: str, task: Task | None = None, **options: Any) -> types_pb2.JobResult:
+async def worker(
+    address: str, name: str, task: Task | None = None, make_client: type[Client] = Client, **options: Any
+) -> types_pb2.JobResult:
     """One worker from Join to the end of the job."""
     config = WorkerConfig(server=address, name=name, task="tiny", **{"connect_timeout_seconds": 5, **options})
-    client = Client(config, wire.WireMeter())
+    client = make_client(config, wire.WireMeter())
 
     def make_computer(job: JobConfig, index: int) -> Computer:
         return Computer(job, index, task or Tiny(), None, CPU)
@@ -58,6 +61,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "rms": {"codec": "dqsg", "codec_options": {"step": "rms", "resolution": 0.7}, "workers": 2, "model": "linear",
             "schedule": {"name": "cosine"}},
     "none": {"codec": "none", "workers": 1, "model": "norm"},
+    "feedback": {"codec": "scaled", "codec_options": {"inner": "dqsg:levels=0.5,bucket=64"}, "error_feedback": True,
+                 "workers": 3, "model": "norm"},
 }  # fmt: skip
 
 
@@ -148,6 +153,128 @@ async def test_a_worker_that_comes_too_late_for_a_round_takes_part_in_the_next(t
         first, second = served.records()
         assert (first["workers"], first["absent"]) == ([0], {"1": "deadline"})
         assert 0 in second["workers"]
+
+
+FEEDBACK: dict[str, Any] = {**JOBS["feedback"], "workers": 2, "rounds": 5}
+
+
+class GatedSecond(Gated):
+    """Waits in its second step only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        self.steps += outputs.requires_grad
+        return super().loss(outputs, labels) if self.steps == 2 else Tiny.loss(self, outputs, labels)
+
+
+@contextlib.asynccontextmanager
+async def waiting_in_round_1(tmp_path: Path, **options: Any) -> AsyncIterator[tuple[Served, Gated, dict[str, Any]]]:
+    """A server and two workers with error feedback; the second stands still in round 1 until its gate opens."""
+    gated = GatedSecond()
+    async with serving(tmp_path, **FEEDBACK, **options) as served:
+        tasks = {
+            "worker-0": asyncio.create_task(worker(served.address, "worker-0")),
+            "worker-1": asyncio.create_task(worker(served.address, "worker-1", gated)),
+        }
+        try:
+            assert await asyncio.to_thread(gated.begun.wait, 20)
+            yield served, gated, tasks
+        finally:
+            gated.gate.set()
+            for task in tasks.values():
+                task.cancel()
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
+
+
+async def until(served: Served, condition: Callable[[], bool | Awaitable[bool]]) -> None:
+    """Returns when the condition holds, while the server runs."""
+    async with asyncio.timeout(20):
+        while not (found := condition()) or not (found is True or await found):
+            assert not (await asyncio.wait([served.running], timeout=0.01))[0], "the run has ended"
+
+
+def said(caplog: pytest.LogCaptureFixture, text: str) -> Callable[[], bool]:
+    """Whether a warning holds `text`."""
+    return lambda: any(text in record.getMessage() for record in caplog.records)
+
+
+async def test_feedback_of_a_late_contribution_is_as_if_it_had_not_been_made(tmp_path: Path) -> None:
+    options = {"quorum": 0.5, "round_deadline_seconds": 1.5, "idle_timeout_seconds": 1.0}
+    async with waiting_in_round_1(tmp_path, **options) as (served, gated, tasks):
+        await until(served, lambda: len(served.records()) >= 2)
+        gated.gate.set()
+        await asyncio.gather(*tasks.values())
+        members = [record["workers"] for record in served.records()]
+        assert members[:2] == [[0, 1], [0]]
+        assert members[-1] == [0, 1]
+        result = await served.running
+        assert result.model_sha256 == simulated(served.job, Tiny(), members)
+        assert result.model_sha256 != simulated(
+            served.job.model_copy(update={"error_feedback": False}), Tiny(), members
+        )
+
+
+async def test_feedback_waits_for_the_round_that_is_opened_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"round_deadline_seconds": 1.5, "idle_timeout_seconds": 1.0}
+    async with waiting_in_round_1(tmp_path, **options) as (served, gated, tasks):
+        await until(served, said(caplog, "abandoned round=1 attempt=0"))
+        gated.gate.set()
+        await asyncio.gather(*tasks.values())
+        result = await served.running
+        assert (result.rounds, result.contributions) == (5, 10)
+        assert result.model_sha256 == simulated(served.job, Tiny())
+
+
+class CutOff(Client):
+    """Loses its connection once, together with the news of how a round ended."""
+
+    cut = False
+
+    async def watch(self) -> AsyncIterator[pb.WatchResponse]:
+        async for state in super().watch():
+            if state.HasField("closed") and not self.cut:
+                self.cut = True
+                raise UnreachableError("cut off")
+            yield state
+
+
+async def test_feedback_is_told_of_a_round_that_ended_while_nobody_listened(tmp_path: Path) -> None:
+    async with serving(tmp_path, **FEEDBACK) as served:
+        await asyncio.gather(worker(served.address, "worker-0", make_client=CutOff), worker(served.address, "worker-1"))
+        result = await served.running
+        assert (result.rounds, result.contributions) == (5, 10)
+        assert result.model_sha256 == simulated(served.job, Tiny())
+
+
+async def test_a_worker_that_lost_its_feedback_leaves_the_round_to_what_it_sent_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is started again after its push: without the error that it carried it computes another content."""
+    async with waiting_in_round_1(tmp_path) as (served, gated, tasks), Peer(served.address) as peer:
+
+        async def delivered() -> bool:
+            return (await peer.states())[0] == "delivered"
+
+        await until(served, delivered)
+        tasks["worker-0"].cancel()
+        await asyncio.gather(tasks["worker-0"], return_exceptions=True)
+        tasks["worker-0"] = asyncio.create_task(worker(served.address, "worker-0"))
+        await until(served, said(caplog, "another contribution of this worker"))
+        gated.gate.set()
+        results = await asyncio.gather(*tasks.values())
+        assert [one.reason for one in results] == ["finished"] * 2
+        assert [record["workers"] for record in served.records()] == [[0, 1]] * 5
+
+
+async def test_feedback_with_a_codec_that_cannot_have_it(tmp_path: Path) -> None:
+    async with serving(tmp_path, error_feedback=True) as served:
+        with pytest.raises(OptionError, match=r"such as scaled:inner=\(dqsg\)"):
+            await worker(served.address, "worker-0")
 
 
 @contextlib.asynccontextmanager

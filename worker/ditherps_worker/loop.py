@@ -21,6 +21,7 @@ from ditherps.codecs import Codec, Role
 from ditherps.config import JobConfig, WorkerConfig, validated
 from ditherps.dither import Address, Domain
 from ditherps.errors import PayloadError, Reason, RefusedError, RunFailedError, UnreachableError
+from ditherps.feedback import ErrorFeedback
 from ditherps.metrics import DOWN, UP, WorkerMetrics
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
@@ -47,16 +48,22 @@ class Encoded:
 
 
 class State:
-    """What the server last said: the newest state, and a wait for the next."""
+    """What the server last said: the newest state, and a wait for the next.
 
-    def __init__(self) -> None:
+    A newer state replaces an older one that nobody has looked at, but for how rounds ended: `results`, oldest first.
+    """
+
+    def __init__(self, results: list[types_pb2.RoundResult]) -> None:
         self.latest = pb.WatchResponse()
+        self.results = results
         self.lost: Exception | None = None
         self._changed = asyncio.Event()
 
     def put(self, response: pb.WatchResponse) -> None:
         """The server said something."""
         self.latest = response
+        if response.HasField("closed"):
+            self.results.append(response.closed)
         self._changed.set()
 
     def lose(self, error: Exception) -> None:
@@ -88,6 +95,8 @@ class Loop:
         self._computer: Computer | None = None
         self._held_version: int | None = None
         self._sent: Encoded | None = None
+        self._feedback: ErrorFeedback | None = None
+        self._results: list[types_pb2.RoundResult] = []
         self._job_id = ""
         self._progressed = False
 
@@ -119,7 +128,7 @@ class Loop:
     async def _session(self) -> types_pb2.JobResult:
         joined = await self._client.join(self._lease_key)
         job = validated(JobConfig, _json_object(joined.job))
-        state = State()
+        state = State(self._results)
         # Signs of life begin before the data is loaded: that may take longer than silence is borne.
         background = [asyncio.create_task(self._heartbeat(state, joined.heartbeat_seconds))]
         try:
@@ -127,6 +136,7 @@ class Loop:
             background.append(asyncio.create_task(self._watch(state)))
             while True:
                 latest = await state.changed()
+                await self._settle()
                 if latest.HasField("finished"):
                     return await self._finished(latest.finished)
                 if latest.HasField("opened"):
@@ -154,7 +164,8 @@ class Loop:
     async def _prepare(self, job: JobConfig, joined: pb.JoinResponse) -> None:
         if joined.fence.job_id == self._job_id:
             return
-        self._sent, self._held_version = None, None
+        self._sent, self._held_version, self._feedback = None, None, None
+        self._results.clear()
         self._codec: Codec = make_codec(job.codec, **job.codec_options)
         await asyncio.to_thread(kernels.warm, self._codec)
         self._computer = await asyncio.to_thread(self._make_computer, job, joined.index)
@@ -165,6 +176,8 @@ class Loop:
                 f"the server's {joined.parameter_coordinates} and {joined.buffer_bytes}: they build different models"
             )
             raise RefusedError(Reason.LAYOUT_MISMATCH, message)
+        if job.error_feedback:
+            self._feedback = ErrorFeedback(self._codec, layout.coordinates)
         self._job_id = joined.fence.job_id
         log.info("joined job %s as worker %d of %d", self._job_id, joined.index, job.workers)
 
@@ -195,6 +208,16 @@ class Loop:
         with contextlib.suppress(UnreachableError, RefusedError, PayloadError):
             await self._client.leave(reason)
 
+    async def _settle(self) -> None:
+        """Tell error feedback what became of its contribution; an abandoned round is opened again, and says nothing."""
+        results = self._results[:]
+        self._results.clear()
+        for result in results:
+            pending = self._feedback.pending if self._feedback else None
+            if self._feedback and pending and pending.round == result.round and not result.abandoned:
+                included = result.included and result.attempt == pending.attempt
+                await asyncio.to_thread(self._feedback.commit, included)
+
     async def _take_part(self, job: JobConfig, index: int, plan: types_pb2.RoundPlan, state: State) -> None:
         assert self._computer is not None
         self._metrics.round.set(plan.round)
@@ -219,7 +242,16 @@ class Loop:
         if newest.HasField("opened") and (newest.opened.round, newest.opened.attempt) != (plan.round, plan.attempt):
             return  # too late: the round has gone on without us
         began = time.perf_counter()
-        counted = await self._client.push(plan, self._sent.update, self._sent.buffers, self._sent.stats)
+        try:
+            counted = await self._client.push(plan, self._sent.update, self._sent.buffers, self._sent.stats)
+        except RefusedError as error:
+            if self._feedback is None or error.reason is not Reason.CONFLICTING_CONTRIBUTION:
+                raise
+            # What this worker sent before it was started again stands; the error that was in it is lost.
+            log.warning("round=%d has another contribution of this worker: %s", plan.round, error)
+            self._feedback.commit(included=False)
+            self._sent = None
+            return
         self._progressed = True
         self._metrics.push_seconds.observe(time.perf_counter() - began)
         size = len(self._sent.update) + len(self._sent.buffers)
@@ -262,11 +294,18 @@ class Loop:
         assert self._computer is not None
         update = self._computer.update(plan.round)
         address = Address(seed=job.seed, round=plan.round, sender=index, domain=Domain.UPDATE, attempt=plan.attempt)
-        codec = self._codec.for_role(_ROLES[plan.role])
+        codec, vector = self._codec.for_role(_ROLES[plan.role]), update.vector
+        name_at = self._computer.model.layout.name_at
         began = time.perf_counter()
-        encoded = codec.encode(update.vector, address, name=self._computer.model.layout.name_at)
+        if self._feedback is None:
+            encoded = codec.encode(vector, address, name=name_at)
+        else:
+            if self._feedback.pending not in (None, address):
+                # It did not enter: the server says so of a round that has ended, and always tells the last that did.
+                self._feedback.commit(included=False)
+            encoded, vector = self._feedback.encode(vector, address, name=name_at), self._feedback.corrected
         encode_seconds = time.perf_counter() - began
-        energy = float(torch.dot(update.vector, update.vector))
+        energy = float(torch.dot(vector, vector))
         nmse = codec.expected_squared_error(encoded) / energy if energy > 0 else math.nan
         self._metrics.compute_seconds.observe(update.seconds)
         self._metrics.encode_seconds.observe(encode_seconds)

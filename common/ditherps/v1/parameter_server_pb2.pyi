@@ -212,7 +212,11 @@ class WatchResponse(_message.Message):
     version: _builtins.int
     """Present version of w."""
     @_builtins.property
-    def closed(self) -> _types_pb2.RoundResult: ...
+    def closed(self) -> _types_pb2.RoundResult:
+        """The round that ended with this change; in the first message the last one
+        that the receiver's contribution entered, if any.
+        """
+
     @_builtins.property
     def opened(self) -> _types_pb2.RoundPlan: ...
     @_builtins.property
