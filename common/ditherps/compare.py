@@ -37,7 +37,7 @@ def resolve(specs: Sequence[str], flags: Mapping[str, Any], config: Path | None 
         OptionError: no codec, one twice, or anything that is not allowed.
     """
     if not specs or len(set(specs)) < len(specs):
-        raise OptionError("--codec", ", ".join(specs), "two or more, each once: --codec none --codec dqsg")
+        raise OptionError("--codec", ", ".join(specs), "each once: --codec none --codec dqsg")
     jobs = []
     for spec in specs:
         used = parse(spec)
@@ -63,6 +63,7 @@ def compare(
         null, and figures of its result), `plots`. And the exit code of the first run that failed, or 0. A failure
         leaves the others alone; an interrupt ends all.
     """
+    run_dir.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for place, (spec, job) in enumerate(zip(specs, jobs, strict=True), 1):
         folder = run_dir / f"{place}-{re.sub('[^A-Za-z0-9.]+', '-', spec).strip('-')}"
