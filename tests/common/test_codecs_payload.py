@@ -26,6 +26,22 @@ CODECS: list[tuple[str, dict[str, Any]]] = [
     ("dqsg", {"step": "rms", "levels": 1, "bucket": 0}),
     ("ndqsg", {}),
     ("scaled", {"inner": "dqsg:levels=1,bucket=64"}),
+    ("rotated", {"inner": "dqsg:levels=7", "block": 4096}),
+    ("eden", {"bits": 1, "block": 4096}),
+    ("eden", {"bits": 2.3}),
+    ("eden", {"bits": 0.2, "block": 4096}),
+    ("signsgd", {}),
+    ("signsgd", {"bucket": 64}),
+    ("natural", {}),
+    ("maxnorm-multiscale", {}),
+    ("maxnorm-multiscale", {"low": 8, "high": 12}),
+    ("topk", {}),
+    ("topk", {"fraction": 0.3, "values": "bf16"}),
+    ("randk", {}),
+    ("randk", {"fraction": 0.3, "values": "bf16"}),
+    ("globalrandk", {}),
+    ("globalrandk", {"fraction": 0.3, "bits": 2}),
+    ("globalrandk", {"coordinates": 100, "bits": 0}),
 ]
 
 

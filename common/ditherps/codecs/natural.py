@@ -24,6 +24,7 @@ class NaturalCodec(Codec):
 
     name = "natural"
     tag = 13
+    contractive = True  # but for denormals, whose error is below 2^-126
     Options = NoOptions
 
     def max_nbytes(self, coordinates: int) -> int:

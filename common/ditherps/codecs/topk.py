@@ -50,6 +50,7 @@ class TopkCodec(Codec):
     name = "topk"
     tag = 10
     unbiased = False
+    contractive = True
     Options = TopkOptions
     options: TopkOptions
     chunk_coordinates = largest.CHUNK
