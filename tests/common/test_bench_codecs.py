@@ -341,16 +341,17 @@ class TestEqualError:
         assert at(low) <= 0.01 < at(low - 1)
 
     def test_who_cannot_is_listed_at_the_nearest(self) -> None:
-        specs = ["signsgd", "dqsg:step=rms,resolution=2", "topk", "natural"]
-        records = {r["codec"]: r for r in equal.run(1e-4, specs, sources=["laplace"], coordinates=1 << 13, rounds=2)}
+        specs = ["signsgd", "dqsg:step=rms,resolution=2", "topk", "natural", "dqsg:step=rms,resolution=0.01"]
+        found = equal.run(1e-4, specs, sources=["laplace"], coordinates=1 << 13, rounds=2)
+        records = {r["codec"]: r for r in found[:4]}
         assert not records["signsgd"]["reached"]
         assert records["dqsg"]["options"]["resolution"] == 2
         assert records["dqsg"]["nmse"] == pytest.approx(1 / 3, rel=0.05)
         assert not records["dqsg"]["reached"]
         assert records["topk"]["reached"]
-        lines = [line for line in shown(equal.table(list(records.values()))).splitlines() if "laplace" in line]
-        assert "topk" in lines[0]
-        assert all("!" in line for line in lines[1:])
+        lines = [line for line in shown(equal.table(found)).splitlines() if "laplace" in line]
+        assert ["dqsg" in lines[0], "topk" in lines[1]] == [True, True]
+        assert ["!" in line for line in lines] == [False, False, True, True, True]
 
     def test_the_knobs_are_options_and_turn_the_right_way(self) -> None:
         names = {spec.partition(":")[0] for spec in equal.default_specs()}
@@ -361,8 +362,9 @@ class TestEqualError:
                 continue
             middle = math.sqrt(knob.low * knob.high)
             values = (knob.low, knob.low + knob.notch) if knob.notch else (middle, 2 * middle)
+            assert knob.option in type(parse(name).options).model_fields, name
             given = ",".join((*knob.given, ""))
-            first, second = (quality(parse(f"{name}:{given}{knob.option}={v:.7g}"), x, x, 8).nmse for v in values)
+            first, second = (quality(parse(f"{name}:{given}{knob.text(v)}"), x, x, 8).nmse for v in values)
             assert (second < first) == knob.finer, name
 
     def test_as_a_command(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, get_args
 
 import torch
 from rich.table import Table
@@ -36,6 +36,7 @@ class Knob(NamedTuple):
         finer: whether a larger value makes the error smaller (levels, bits), or larger (a step).
         notch: distance of its values; 0: any value.
         given: options that belong to it, unless the person gave them.
+        form: of the value in a codec's text.
     """
 
     option: str
@@ -44,10 +45,19 @@ class Knob(NamedTuple):
     finer: bool
     notch: float
     given: tuple[str, ...] = ()
+    form: str = "{:.7g}"
+
+    def text(self, value: float) -> str:
+        """The option as `ditherps.codecs.parse` reads it."""
+        return f"{self.option}={self.form.format(value)}"
 
 
 KNOBS: Final[dict[str, Knob]] = {
     "dqsg": Knob("resolution", 2.0**-8, 16.0, finer=False, notch=0, given=("step=rms",)),
+    "qsgd": Knob("resolution", 2.0**-8, 16.0, finer=False, notch=0, given=("step=rms",)),
+    "eden": Knob("bits", 2.0**-6, 4.0, finer=True, notch=0),
+    "rotated": Knob("inner", 0.5, 255, finer=True, notch=0.5, form="(dqsg:levels={:g})"),
+    "maxnorm": Knob("bits", 2, 8, finer=True, notch=1),
     "topk": Knob("fraction", 2.0**-14, 1.0, finer=True, notch=0, given=("values=bf16",)),
     "randk": Knob("fraction", 2.0**-14, 1.0, finer=True, notch=0, given=("values=bf16",)),
     "globalrandk": Knob("fraction", 2.0**-14, 1.0, finer=True, notch=0),
@@ -69,8 +79,7 @@ def run(
 
     Args:
         nmse: the error to reach, above 0.
-        specs: codecs with their fixed options, as `ditherps.codecs.parse` reads them; default: all that need no side
-            information, and none of those that wrap another.
+        specs: codecs with their fixed options, as `ditherps.codecs.parse` reads them; default: `default_specs`.
         sources: as `ditherps.bench.sources.source` reads them.
         coordinates: length of vectors that are no files.
         rounds: of independent dither, over which bits and errors are averaged.
@@ -98,14 +107,14 @@ def run(
 
 
 def default_specs() -> list[str]:
-    """Every codec that quantizes by itself, once for each of its coders."""
+    """Every codec that loses something and needs no side information, once for each of its coders; no bare wrappers."""
     specs = []
     for name in codec_names():
         used = parse(name)
-        if used.needs_side_information or hasattr(used, "inner") or name == "none":
+        if used.needs_side_information or name == "none" or (hasattr(used, "inner") and name not in KNOBS):
             continue
-        coders = ("fixed", "rans") if "coder" in type(used.options).model_fields else ("",)
-        specs += [f"{name}:coder={coder}" if coder else name for coder in coders]
+        coder = type(used.options).model_fields.get("coder")
+        specs += [f"{name}:coder={kind}" for kind in get_args(coder.annotation)] if coder else [name]
     return specs
 
 
@@ -143,7 +152,7 @@ def _search(spec: str, from_: Source, side: torch.Tensor, nmse: float, rounds: i
     def at(value: float) -> float:
         """The error with the knob at a value."""
         if value not in tried:
-            used = parse(f"{name}:{','.join([*fixed, f'{knob.option}={value:.7g}'])}")
+            used = parse(f"{name}:{','.join([*fixed, knob.text(value)])}")
             tried[value] = used, quality(used, from_.x, side, rounds)
         return tried[value][1].nmse
 
@@ -175,14 +184,16 @@ def _narrowed(at: Callable[[float], float], knob: Knob, coarse: float, fine: flo
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
-    """The records for people, fewest bits first; those that do not reach the error last."""
+    """The records for people, fewest bits first; biased codecs behind the others, and last who misses the error."""
     result = Table(title=f"bits a coordinate at NMSE {records[0]['asked_nmse']:g}", padding=(0, 1, 0, 0))
     result.add_column("source", no_wrap=True)
     result.add_column("codec", overflow="fold")
     for column in ("bits", "NMSE", "bias z", "limit"):
         result.add_column(column, justify="right", no_wrap=True)
     places = {name: place for place, name in enumerate(dict.fromkeys(r["source"] for r in records))}
-    ordered = sorted(records, key=lambda r: (places[r["source"]], not r["reached"], r["bits_per_coordinate"]))
+    ordered = sorted(
+        records, key=lambda r: (places[r["source"]], not r["reached"], not r["unbiased"], r["bits_per_coordinate"])
+    )
     for place, record in enumerate(ordered):
         limit = record["shannon_bits"]
         cells = (
