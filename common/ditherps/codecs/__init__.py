@@ -7,12 +7,14 @@ from typing import Any
 from ditherps.codecs.base import Codec, Context, DecodeReport, Encoded, Role
 from ditherps.codecs.bf16 import Bf16Codec
 from ditherps.codecs.dqsg import DqsgCodec
+from ditherps.codecs.eden import EdenCodec
 from ditherps.codecs.globalrandk import GlobalRandkCodec
 from ditherps.codecs.multiscale import MultiscaleCodec
 from ditherps.codecs.natural import NaturalCodec
 from ditherps.codecs.ndqsg import NdqsgCodec
 from ditherps.codecs.none import NoneCodec
 from ditherps.codecs.randk import RandkCodec
+from ditherps.codecs.rotated import RotatedCodec
 from ditherps.codecs.scaled import ScaledCodec
 from ditherps.codecs.signsgd import SignsgdCodec
 from ditherps.codecs.topk import TopkCodec
@@ -28,6 +30,8 @@ _REGISTRY: dict[str, type[Codec]] = {
         DqsgCodec,
         NdqsgCodec,
         ScaledCodec,
+        RotatedCodec,
+        EdenCodec,
         GlobalRandkCodec,
         MultiscaleCodec,
         NaturalCodec,
