@@ -13,6 +13,7 @@ from ditherps.codecs.multiscale import MultiscaleCodec
 from ditherps.codecs.natural import NaturalCodec
 from ditherps.codecs.ndqsg import NdqsgCodec
 from ditherps.codecs.none import NoneCodec
+from ditherps.codecs.qsgd import MaxnormCodec, QsgdCodec, TerngradCodec
 from ditherps.codecs.randk import RandkCodec
 from ditherps.codecs.rotated import RotatedCodec
 from ditherps.codecs.scaled import ScaledCodec
@@ -29,6 +30,9 @@ _REGISTRY: dict[str, type[Codec]] = {
         Bf16Codec,
         DqsgCodec,
         NdqsgCodec,
+        QsgdCodec,
+        TerngradCodec,
+        MaxnormCodec,
         ScaledCodec,
         RotatedCodec,
         EdenCodec,

@@ -12,6 +12,7 @@ import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -280,6 +281,10 @@ class Codec(ABC):
     def _encode(self, x: NDArray[np.float32], address: Address, context: Context) -> Encoded:
         """Encode; raises `_BadInput` where the vector cannot be encoded."""
 
+    def _encode_on(self, pool: Executor | None, x: NDArray[np.float32], address: Address, context: Context) -> Encoded:
+        """`_encode` with threads, where a codec has use for them."""
+        return self._encode(x, address, context)
+
     @abstractmethod
     def _index(self, encoded: Encoded) -> Any:
         """Check all sections of a payload whose header is right; return what decoding needs, or raise PayloadError."""
@@ -304,6 +309,7 @@ class Codec(ABC):
         context: Context | None = None,
         *,
         name: str | Callable[[int], str] = "update",
+        pool: Executor | None = None,
     ) -> Encoded:
         """Encode a vector.
 
@@ -312,6 +318,7 @@ class Codec(ABC):
             address: of x[0]'s dither.
             context: what both ends know beside the message.
             name: of the tensor in error messages, or a function from x's coordinate to that name.
+            pool: threads that encode chunks of a codec whose chunks stand alone; the bytes are the same.
 
         Raises:
             NonFiniteError: x holds NaN or infinity.
@@ -322,7 +329,7 @@ class Codec(ABC):
             raise EncodingError(f"{title}: need a 1-D float tensor, got {x.dim()}-D {x.dtype}")
         values = x.detach().to("cpu", torch.float32).contiguous().numpy()
         try:
-            return self._encode(values, address, context or _EMPTY)
+            return self._encode_on(pool, values, address, context or _EMPTY)
         except BadInput as bad:
             raise _explained(bad, x.detach(), values, name) from None
 

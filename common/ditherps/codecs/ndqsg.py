@@ -12,16 +12,22 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ditherps.codecs.base import Codec, Role
+from ditherps.codecs.coded import CodedLayout
 from ditherps.codecs.dqsg import DqsgCodec
-from ditherps.codecs.fixed import FixedCodec, FixedOptions
+from ditherps.codecs.fixed import FixedLayout
+from ditherps.codecs.integer import IntegerCodec
+from ditherps.codecs.steps import StepOptions
 
 
-class NdqsgOptions(FixedOptions):
-    """Seven fine levels sent modulo three; one step for the whole vector, which nested coding needs (measured)."""
+class NdqsgOptions(StepOptions):
+    """Seven fine levels sent modulo three; one step for the whole vector, which nested coding needs (measured).
+
+    `coder` is that of the sources: nested indices are almost uniform, and packing them loses next to nothing.
+    """
 
     default_levels = 3.0
+    default_bucket = 0
 
-    bucket: int = Field(0, ge=0, description=FixedOptions.model_fields["bucket"].description)
     ratio: int = Field(3, ge=2, le=256, description="2 to 256: the coarse step is ratio fine steps")
     alpha: float = Field(1.0, gt=0, le=1, description="above 0, at most 1; below 1 biases towards the side information")
     side: Literal["sources", "running"] = Field(
@@ -30,7 +36,7 @@ class NdqsgOptions(FixedOptions):
     side_fraction: float = Field(0.5, gt=0, lt=1, description="between 0 and 1: share of workers that are sources")
 
 
-class NdqsgCodec(FixedCodec):
+class NdqsgCodec(IntegerCodec):
     """Header, steps, then tile by tile the packed residues and the CRC-32 of the fine indices."""
 
     name = "ndqsg"
@@ -44,8 +50,8 @@ class NdqsgCodec(FixedCodec):
         super().__init__(**options)
         self.unbiased = self.options.alpha == 1.0  # wherever decoding succeeds
 
-    def _nesting(self) -> tuple[float, int]:
-        return self.options.alpha, self.options.ratio
+    def _chosen_layout(self) -> FixedLayout | CodedLayout:
+        return FixedLayout(self._rule, subtract=True, alpha=self.options.alpha, ratio=self.options.ratio)
 
     def format_options(self) -> dict[str, Any]:
         """Without what only the server's round policy reads."""
@@ -54,5 +60,5 @@ class NdqsgCodec(FixedCodec):
     def for_role(self, role: Role) -> Codec:
         """Sources send dqsg with the same levels, step rule and buckets."""
         if role is Role.SOURCE:
-            return DqsgCodec(**self.options.model_dump(include=set(FixedOptions.model_fields)))
+            return DqsgCodec(**self.options.model_dump(include=set(StepOptions.model_fields)))
         return super().for_role(role)

@@ -74,12 +74,12 @@ def generate() -> NDArray[np.uint32]:
 def family() -> Family:
     """The family, read once; only what decides about bytes is read or made of integers."""
     tails = np.load(_FILE, allow_pickle=False)
-    octave = np.array([_root(12, 2 ** (32 * 12 - i)) for i in range(SCALES_PER_OCTAVE)], np.uint64)
-    half = np.array([_root(24, 2 ** (52 * 24 + 2 * i + 1)) for i in range(SCALES_PER_OCTAVE)], np.float64)
+    octave = np.array([root(12, 2 ** (32 * 12 - i)) for i in range(SCALES_PER_OCTAVE)], np.uint64)
+    half = np.array([root(24, 2 ** (52 * 24 + 2 * i + 1)) for i in range(SCALES_PER_OCTAVE)], np.float64)
     return Family(tails, _REACH, _RATIOS, octave, half * 2.0**-52, spikes())
 
 
-def _root(degree: int, value: int) -> int:
+def root(degree: int, value: int) -> int:
     """The integer root, rounded down: no floating-point power is the same everywhere."""
     low, high = 0, 1 << (value.bit_length() // degree + 1)
     while high - low > 1:

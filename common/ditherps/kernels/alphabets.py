@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditherps.kernels.jit import Int, kernel
-from ditherps.kernels.packing import pack, packed_nbytes, packing, unpack
+from ditherps.kernels.packing import Packing, pack, packed_nbytes, packing, unpack
 
 
 class Alphabet(NamedTuple):
@@ -21,6 +21,10 @@ class Alphabet(NamedTuple):
     base: int
     low: tuple[int, int, int]
     high: tuple[int, int, int]
+
+    def nbytes(self, count: int) -> int:
+        """Bytes that `count` digits take."""
+        return Packing(*self.low).nbytes(count) + (Packing(*self.high).nbytes(count) if self.high[0] else 0)
 
 
 def alphabet(base: int) -> Alphabet:
@@ -32,7 +36,7 @@ def alphabet(base: int) -> Alphabet:
 
 @kernel
 def digits_nbytes(form: Alphabet, count: Int) -> Int:
-    """Bytes that `count` digits take."""
+    """`Alphabet.nbytes` for kernels."""
     size = packed_nbytes(form.low, count)
     if form.high[0]:
         size += packed_nbytes(form.high, count)

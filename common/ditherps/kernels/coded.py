@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditherps.entropy.family import SCALES, SHAPES, SPIKES, Family, family
+from ditherps.kernels.alphabets import Alphabet, digits_nbytes, pack_digits, unpack_digits
+from ditherps.kernels.cpu import LARGEST, Workspace
 from ditherps.kernels.escapes import folded, get_number, put_number, unfolded
 from ditherps.kernels.jit import Int, kernel
 from ditherps.kernels.philox import TILE, Stream, fill_lanes
@@ -32,7 +34,9 @@ from ditherps.kernels.tables import (
 CHUNK_TILES = 64
 CHUNK = CHUNK_TILES * TILE
 SMALL = 8192  # coordinates of a chunk below which one state is cheaper than sixteen
-HEAD = 8  # bytes before the parameters: how many bytes they take, of states and of words
+HEAD = 8  # bytes before the rest of a chunk
+CODED, PACKED, PLAIN = 0, 1, 2  # forms of a chunk
+REACH = 2.0 ** (20)  # steps that every chunk must be able to hold as float32
 ZERO_SHAPE = SHAPES  # a tile of zeros
 NARROW = 1 << 30  # |x / step| * 2^16 below which integers of 32 bits do
 WIDEST = 2.0**31 - 2  # of an index
@@ -65,6 +69,8 @@ class Coder(NamedTuple):
     nibbles: NDArray[np.uint8]
     escapes: NDArray[np.uint8]
     model: NDArray[np.int64]
+    reach: NDArray[np.int64]
+    out: NDArray[np.uint8]
 
 
 _local = threading.local()
@@ -99,6 +105,8 @@ def coder() -> Coder:
             nibbles=np.empty(6 * TILE, np.uint8),
             escapes=np.empty(6 * CHUNK, np.uint8),
             model=np.full(4, -1, np.int64),
+            reach=np.zeros(1, np.int64),
+            out=np.empty(HEAD + 4 * CHUNK, np.uint8),
         )
     return found
 
@@ -199,7 +207,7 @@ def use_low_bits(bits: Int, entries: NDArray[np.uint32], reciprocals: NDArray[np
 def index_part(
     x: NDArray[np.float32], lo: Int, hi: Int, step: float, first: Int, work: Coder
 ) -> tuple[float, float, Int, bool]:
-    """indices[first:] = floor(x / step + u + 1/2) of x[lo:hi].
+    """indices[first:] = floor(x / step + u + 1/2) of x[lo:hi]; `reach` grows to the largest of their sizes.
 
     Returns the sums of |x / step| and its square in a fixed order, how many are not zero, and whether all indices fit.
     """
@@ -219,6 +227,7 @@ def index_part(
         indices[i] = np.int32(np.int32(signed + np.int32(random[i])) >> 16)
         largest = whole if whole > largest else largest
         nonzero = np.int32(nonzero + np.int32(whole != 0))
+    farthest = np.int32(0)
     fits = True
     if largest >= NARROW:
         for i in range(count):
@@ -229,6 +238,10 @@ def index_part(
         unit = 1.0
     else:
         unit = 2.0**-16
+    for i in range(count):
+        size = np.int32(-indices[i]) if indices[i] < 0 else indices[i]
+        farthest = size if size > farthest else farthest
+    work.reach[0] = max(work.reach[0], np.int64(farthest))
     sums = work.sums
     sums[:] = np.float32(0.0)
     for row in range(0, count, _ROW):
@@ -271,6 +284,46 @@ def place_symbols(count: Int, class_bits: Int, low_bits: Int, bound: Int, work: 
 
 
 @kernel
+def put_head(size: Int, lanes: Int, form: Int, count: Int, out: NDArray[np.uint8]) -> None:
+    """Write a chunk's first bytes: u16, u8, u8, u32."""
+    for place, value in ((0, size), (1, size >> 8), (2, lanes), (3, form)):
+        out[place] = np.uint8(value)
+    for byte in range(4):
+        out[4 + byte] = np.uint8(count >> (8 * byte))
+
+
+@kernel
+def pack_chunk(
+    x: NDArray[np.float32],
+    lo: Int,
+    hi: Int,
+    stream: Stream,
+    bucket: Int,
+    steps: NDArray[np.float32],
+    form: Alphabet,
+    reach: Int,
+    work: Coder,
+    tile_work: Workspace,
+    out: NDArray[np.uint8],
+) -> Int:
+    """Write x[lo:hi], whose indices lie within `reach`, to `out` as a packed chunk; return the bytes."""
+    put_head(reach, np.int64(0), PACKED, np.int64(0), out)
+    at = np.int64(HEAD)
+    digits, spare = tile_work.digits, tile_work.spare
+    for begin in range(lo, hi, TILE):
+        end = min(begin + TILE, hi)
+        count = end - begin
+        fill_lanes(stream, begin, count, work.lanes, work.scratch, x, end)
+        for s in range(begin, end, min(bucket, TILE)):
+            index_part(x, s, min(s + min(bucket, TILE), end), np.float64(steps[s // bucket]), s - begin, work)
+        for i in range(count):
+            digits[i] = np.uint16(work.indices[i] + reach)
+        pack_digits(form, digits, count, spare, tile_work.fields, tile_work.wide, out, at)
+        at += digits_nbytes(form, count)
+    return at
+
+
+@kernel
 def encode_chunk(
     x: NDArray[np.float32],
     lo: Int,
@@ -282,14 +335,18 @@ def encode_chunk(
     work: Coder,
     out: NDArray[np.uint8],
 ) -> Int:
-    """Write x[lo:hi] to `out`; return the bytes, or -1 where they would not fit or an index is beyond 32 bits."""
+    """Write x[lo:hi] to `out` as a coded chunk; return the bytes, -1 where they would not fit or an index is too large.
+
+    `reach` becomes the largest |index|.
+    """
+    work.reach[0] = 0
     states = work.states if hi - lo >= SMALL else work.one_state
     states[:] = np.uint64(LOWEST)
     words, rows = work.words, work.parameters
     top: Int = np.int64(words.size)
     tail: Int = np.int64(work.escapes.size)
     tiles = (hi - lo + TILE - 1) // TILE
-    room = out.size - HEAD - 8 * LANES - 8 * CHUNK_TILES
+    room = out.size - HEAD - 4 * LANES - 8 * CHUNK_TILES  # parameters take at most 57 bits a tile
     any_symbols = False
     last = np.full(3, -1, np.int64)
     for tile in range(tiles - 1, -1, -1):
@@ -339,9 +396,7 @@ def encode_chunk(
     size = put_parameters(rows, tiles, out[HEAD:])
     lanes = states.size if any_symbols else 0
     count = words.size - top
-    for place, value in ((0, size), (2, lanes), (4, count), (6, count >> 16)):
-        out[place] = np.uint8(value)
-        out[place + 1] = np.uint8(value >> 8)
+    put_head(size, lanes, CODED, count, out)
     at = np.int64(HEAD + size)
     for lane in range(lanes):
         for byte in range(4):
@@ -367,10 +422,8 @@ def check_chunk(data: NDArray[np.uint8], count: Int, largest_step: float, rows: 
 
     `rows` is scratch for the parameters.
     """
-    if data.size < HEAD:
-        return False
     size = np.int64(data[0]) | np.int64(data[1]) << 8
-    lanes = np.int64(data[2]) | np.int64(data[3]) << 8
+    lanes = np.int64(data[2])
     words = np.int64(data[4]) | np.int64(data[5]) << 8 | np.int64(data[6]) << 16 | np.int64(data[7]) << 24
     at = HEAD + size + 4 * lanes + 2 * words
     tiles = (count + TILE - 1) // TILE
@@ -381,16 +434,16 @@ def check_chunk(data: NDArray[np.uint8], count: Int, largest_step: float, rows: 
             if rows[tile, 1] != ZERO_SHAPE:
                 return False
     for lane in range(lanes):
-        place = HEAD + size + 4 * lane
-        if data[place + 3] > 127 or (data[place + 3] == 0 and data[place + 2] == 0 and data[place + 1] < 128):
+        state = data[HEAD + size + 4 * lane : HEAD + size + 4 * lane + 4]
+        if state[3] > 127 or (state[3] == 0 and state[2] == 0 and state[1] < 128):
             return False
     nibbles = data[at:]
-    place: Int = np.int64(0)
-    while place >> 1 < nibbles.size:
-        value, place = get_number(nibbles, place)
-        if value >= 1 << 32 or (np.float64(value >> 1) + 2.0) * largest_step > 3.4e38:
+    nibble: Int = np.int64(0)
+    while nibble >> 1 < nibbles.size:
+        value, nibble = get_number(nibbles, nibble)
+        if value >= 1 << 32 or (np.float64(value >> 1) + 2.0) * largest_step > LARGEST:
             return False
-    return largest_step * (CELLS << 12) <= 3.4e38
+    return True
 
 
 @kernel
@@ -457,12 +510,44 @@ def accumulate_chunk(
                 if cells[i] >> class_bits == 0:
                     value, nibble = get_number(nibbles, nibble)
                     indices[i] = np.int32(unfolded(value & 0xFFFFFFFF))
-                    wide |= abs(indices[i]) > 63
+                    wide = wide or bool(abs(indices[i]) > 63)
             nibble = (nibble + 1) & ~1
         segment = min(bucket, TILE)
         for s in range(begin, end, segment):
             step = np.float64(steps[(first + s) // bucket])
             add_part(indices, lane_row, s - begin, step, dithered, wide, weight, into[s : min(s + segment, end)])
+
+
+@kernel
+def accumulate_packed(
+    data: NDArray[np.uint8],
+    first: Int,
+    stream: Stream,
+    bucket: Int,
+    steps: NDArray[np.float32],
+    dithered: bool,
+    form: Alphabet,
+    reach: Int,
+    work: Coder,
+    tile_work: Workspace,
+    into: NDArray[np.float32],
+    weight: np.float32,
+) -> None:
+    """As `accumulate_chunk`, for a packed chunk."""
+    at = np.int64(HEAD)
+    digits, spare = tile_work.digits, tile_work.spare
+    for begin in range(0, into.size, TILE):
+        end = min(begin + TILE, into.size)
+        count = end - begin
+        unpack_digits(form, data, at, count, spare, tile_work.fields, tile_work.wide, digits)
+        at += digits_nbytes(form, count)
+        fill_lanes(stream, first + begin, count, work.lanes, work.scratch, into, end)
+        for i in range(count):
+            work.indices[i] = np.int32(np.int64(digits[i]) - reach)
+        for s in range(begin, end, min(bucket, TILE)):
+            step = np.float64(steps[(first + s) // bucket])
+            part = into[s : min(s + min(bucket, TILE), end)]
+            add_part(work.indices, work.lanes, s - begin, step, dithered, bool(reach > 63), weight, part)
 
 
 @kernel

@@ -17,17 +17,20 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ditherps.kernels.alphabets import Alphabet, digits_nbytes, pack_digits, unpack_digits
 from ditherps.kernels.checksum import CRC_TABLES, crc32_int16
-from ditherps.kernels.exceptions import LARGEST
+from ditherps.kernels.escapes import NOT_RAW, check_escapes, get_escape, put_escape
 from ditherps.kernels.jit import Int, kernel
-from ditherps.kernels.packing import DIGITS, WIDE_FIELDS, pack, packed_nbytes, unpack
+from ditherps.kernels.packing import DIGITS, WIDE_FIELDS
 from ditherps.kernels.philox import TILE, Stream, fill_lanes
 
 SMALLEST_STEP = 2.0**-100  # so that step * 2^-17 stays a normal float32
 NARROW_HALF = 126  # 2M up to which |q| < 64, and float32 reconstructs with one rounding
 INFINITY_BITS = 0x7F800000
+LARGEST = 3.4028234663852886e38  # of float32
 BF16_INFINITY_BITS = 0x7F80
 SQUARE_LANES = 64
+MAX_RULE, RMS_RULE, L2_RULE = 0, 1, 2
 
 
 class Scheme(NamedTuple):
@@ -35,19 +38,21 @@ class Scheme(NamedTuple):
 
     Attributes:
         bucket: coordinates that share a step.
-        rms: 1 for the rms rule, 0 for the max rule.
+        rule: MAX_RULE, RMS_RULE or L2_RULE.
         half: 2M.
         ratio: k of the nested scheme, 0 for the plain one.
-        base: of the digits, with `group` and `bits` as in `Packing`.
+        escape: 1 where the digit 2M + 1 stands for an index outside 0 .. 2M, sent beside the tiles.
+        subtract: 1 where the dither is subtracted, 0 for stochastic rounding.
+        form: how digits are packed.
     """
 
     bucket: int
-    rms: int
+    rule: int
     half: int
     ratio: int
-    base: int
-    group: int
-    bits: int
+    escape: int
+    subtract: int
+    form: Alphabet
 
 
 class Workspace(NamedTuple):
@@ -56,6 +61,7 @@ class Workspace(NamedTuple):
     lanes: NDArray[np.uint16]
     scratch: NDArray[np.uint16]
     digits: NDArray[np.uint16]
+    spare: NDArray[np.uint16]
     fields: NDArray[np.uint16]
     wide: NDArray[np.uint64]
     indices: NDArray[np.int64]
@@ -63,6 +69,8 @@ class Workspace(NamedTuple):
     word: NDArray[np.float32]
     word_bits: NDArray[np.int32]
     crc: NDArray[np.uint32]
+    kept: NDArray[np.float32]
+    places: NDArray[np.int64]
 
 
 _local = threading.local()
@@ -78,6 +86,7 @@ def workspace() -> Workspace:
             lanes=np.empty(TILE, np.uint16),
             scratch=np.empty(TILE, np.uint16),
             digits=np.empty(DIGITS, np.uint16),
+            spare=np.empty(DIGITS, np.uint16),
             fields=np.empty(DIGITS, np.uint16),
             wide=np.empty(WIDE_FIELDS, np.uint64),
             indices=np.empty(TILE, np.int64),
@@ -85,6 +94,8 @@ def workspace() -> Workspace:
             word=word,
             word_bits=word.view(np.int32),
             crc=CRC_TABLES,
+            kept=np.empty(TILE, np.float32),
+            places=np.empty(TILE, np.int64),
         )
     return found
 
@@ -139,20 +150,28 @@ def bucket_step(
 ) -> np.float32:
     """The step of the bucket x[lo:hi], rounded up to float32; 0 for zeros, -1 where it cannot be encoded.
 
-    `bits` is x's memory, `word` and `word_bits` are one; `factor` is M for the max rule, for rms the resolution.
+    `bits` is x's memory, `word` and `word_bits` are one; `factor` is M for the max and l2 rules, for rms the resolution.
     """
     largest = largest_bits(bits, lo, hi)
     if largest >= INFINITY_BITS:
         return np.float32(-1.0)
     if largest == 0:
         return np.float32(0.0)
-    if scheme.rms:
+    if scheme.rule == RMS_RULE:
         exact = np.sqrt(sum_of_squares(x, lo, hi, sums) / (hi - lo)) * factor
+    elif scheme.rule == L2_RULE:
+        exact = np.sqrt(sum_of_squares(x, lo, hi, sums)) / factor
     else:
         word_bits[0] = largest
         exact = np.float64(word[0]) / factor
+    return rounded_up(exact, 0.5 * scheme.half + 1.0)
+
+
+@kernel
+def rounded_up(exact: float, reach: float) -> np.float32:
+    """A step as float32, not below `exact`; -1 where `reach` steps would not be finite."""
     exact = max(exact, SMALLEST_STEP)
-    if exact * (0.5 * scheme.half + 1.0) >= LARGEST:
+    if exact * reach >= LARGEST:
         return np.float32(-1.0)
     step = np.float32(exact)
     if np.float64(step) < exact:
@@ -176,7 +195,7 @@ def present(steps: NDArray[np.float32], lo: Int, hi: Int, bucket: int) -> Int:
 @kernel
 def tile_nbytes(scheme: Scheme, count: Int) -> Int:
     """Bytes of a tile with `count` digits: packed digits, and a CRC-32 in the nested scheme."""
-    return packed_nbytes((scheme.base, scheme.group, scheme.bits), count) + 4 * (scheme.ratio > 0)
+    return digits_nbytes(scheme.form, count) + 4 * (scheme.ratio > 0)
 
 
 @kernel
@@ -206,6 +225,32 @@ def index_tiles(steps: NDArray[np.float32], n: int, scheme: Scheme, table: NDArr
         if count:
             at += tile_nbytes(scheme, count)
     return at
+
+
+@kernel
+def index_escapes(
+    sizes: NDArray[np.uint16],
+    data: NDArray[np.uint8],
+    steps: NDArray[np.float32],
+    n: int,
+    scheme: Scheme,
+    offsets: NDArray[np.int64],
+) -> bool:
+    """Find where the escapes of each tile begin, `offsets[tiles]` the end of the last; whether all is well-formed."""
+    at: Int = np.int64(0)
+    for tile in range(sizes.size):
+        offsets[tile] = at
+        at += np.int64(sizes[tile])
+        if at > data.size:
+            return False
+        step = 0.0
+        lo = tile * TILE
+        for s in range(lo, min(lo + TILE, n), min(scheme.bucket, TILE)):
+            step = max(step, np.float64(steps[s // scheme.bucket]))
+        if not check_escapes(data, offsets[tile], at, scheme.half, step):
+            return False
+    offsets[sizes.size] = at
+    return at == data.size
 
 
 # --- dithered quantization --------------------------------------------------------------------------------------------
@@ -244,6 +289,67 @@ def quantize(
 
 
 @kernel
+def quantize_escaping(
+    x: NDArray[np.float32],
+    lo: Int,
+    hi: Int,
+    step: float,
+    half: int,
+    lanes: NDArray[np.uint16],
+    lane: Int,
+    digits: NDArray[np.uint16],
+    digit: Int,
+) -> Int:
+    """As `quantize`, but the digit 2M + 1 wherever another would be outside 0 .. 2M; returns how many those are."""
+    source, random, target = x[lo:hi], lanes[lane:], digits[digit:]
+    found = np.int32(0)
+    escape = np.uint16(half + 1)
+    if half <= NARROW_HALF:
+        scale = np.float32(65536.0 / step)
+        bound = np.float32(half * 32768 + 65536)
+        up = np.float32(half * 32768 + 65536 + 0.5)
+        top = np.int32(half + 1)
+        for i in range(source.size):
+            # Digits from 1 on, so that those outside are 0 and 2M + 2.
+            scaled = np.int32(min(max(source[i] * scale, -bound), bound) + up)
+            value = np.int32(np.int32(scaled + np.int32(random[i])) >> 16)
+            inside = (value > 0) & (value <= top)
+            found = np.int32(found + np.int32(inside))
+            target[i] = np.uint16(np.int32(value - 1)) if inside else escape
+    else:
+        for i in range(source.size):
+            exact = np.floor(np.float64(source[i]) / step + ((np.float64(random[i]) + 0.5) / 65536.0 + 0.5 * half))
+            inside = (exact >= 0.0) & (exact <= half)
+            found = np.int32(found + np.int32(inside))
+            target[i] = np.uint16(np.int32(min(max(exact, 0.0), np.float64(half)))) if inside else escape
+    return source.size - np.int64(found)
+
+
+@kernel
+def put_escapes(
+    x: NDArray[np.float32],
+    bits: NDArray[np.int32],
+    lo: Int,
+    hi: Int,
+    step: float,
+    half: int,
+    lanes: NDArray[np.uint16],
+    lane: Int,
+    digits: NDArray[np.uint16],
+    digit: Int,
+    out: NDArray[np.uint8],
+    at: Int,
+) -> Int:
+    """Write the indices of the digits 2M + 1 at nibble `at` of `out`, in order; return the next place."""
+    for i in range(hi - lo):
+        if digits[digit + i] == half + 1:
+            u = (np.float64(lanes[lane + i]) + 0.5) / 65536.0
+            exact = np.floor(np.float64(x[lo + i]) / step + (u + 0.5 * half))
+            at = put_escape(exact, half, step, np.int64(bits[lo + i]) & 0xFFFFFFFF, out, at)
+    return at
+
+
+@kernel
 def quantize_nested(
     x: NDArray[np.float32],
     lo: Int,
@@ -276,28 +382,34 @@ def encode(
     scheme: Scheme,
     factor: float,
     alpha: float,
+    given: bool,
     steps: NDArray[np.float32],
+    sizes: NDArray[np.uint16],
     out: NDArray[np.uint8],
+    escapes: NDArray[np.uint8],
     work: Workspace,
-) -> Int:
-    """Encode x, whose memory is `bits`: fill in `steps` and write tiles to `out`.
+) -> tuple[Int, Int]:
+    """Encode x, whose memory is `bits`: fill in `steps` unless they are given, and write tiles to `out`.
 
-    Returns the bytes written, or -1 - c where the bucket that holds coordinate c cannot be encoded.
+    Where the scheme has escapes, those of tile t are `sizes[t]` bytes of `escapes`. Returns the bytes written to `out`
+    and `escapes`; (-1 - c, 0) where the bucket that holds coordinate c cannot be encoded.
     """
     lanes, scratch, digits, fields, wide = work.lanes, work.scratch, work.digits, work.fields, work.wide
     indices, crc, sums, word, word_bits = work.indices, work.crc, work.sums, work.word, work.word_bits
     bucket, half, ratio = scheme.bucket, scheme.half, scheme.ratio
-    form = (scheme.base, scheme.group, scheme.bits)
+    form = scheme.form
     segment = min(bucket, TILE)
     at: Int = np.int64(0)
+    escaped: Int = np.int64(0)
     for lo in range(0, x.size, TILE):
         hi = min(lo + TILE, x.size)
         count: Int = np.int64(0)
+        nibble = 2 * escaped
         for s in range(lo, hi, segment):
-            if s % bucket == 0:
+            if s % bucket == 0 and not given:
                 found = bucket_step(x, bits, s, min(s + bucket, x.size), scheme, factor, sums, word, word_bits)
                 if found < 0.0:
-                    return -1 - s
+                    return -1 - s, np.int64(0)
                 steps[s // bucket] = found
             step = np.float64(steps[s // bucket])
             if step > 0.0:
@@ -306,17 +418,23 @@ def encode(
                 end = min(s + segment, hi)
                 if ratio:
                     quantize_nested(x, s, end, step, half, ratio, alpha, lanes, s - lo, digits, indices, count)
+                elif scheme.escape:
+                    if quantize_escaping(x, s, end, step, half, lanes, s - lo, digits, count):
+                        nibble = put_escapes(x, bits, s, end, step, half, lanes, s - lo, digits, count, escapes, nibble)
                 else:
                     quantize(x, s, end, step, half, lanes, s - lo, digits, count)
                 count += end - s
+        if scheme.escape:
+            sizes[lo // TILE] = np.uint16((nibble + 1) // 2 - escaped)
+            escaped = (nibble + 1) // 2
         if count:
-            pack(form, digits, count, fields, wide, out, at)
+            pack_digits(form, digits, count, work.spare, fields, wide, out, at)
             at += tile_nbytes(scheme, count)
             if ratio:
                 check = crc32_int16(indices, count, crc)
                 for byte in range(4):
                     out[at - 4 + byte] = np.uint8(check >> (8 * byte))
-    return at
+    return at, escaped
 
 
 @kernel
@@ -326,6 +444,7 @@ def add(
     lanes: NDArray[np.uint16],
     lane: Int,
     half: int,
+    subtract: int,
     step: float,
     weight: np.float32,
     into: NDArray[np.float32],
@@ -334,10 +453,13 @@ def add(
 ) -> None:
     """into[lo:hi] += weight * (digits - M - u) * step, the reconstruction rounded once to float32.
 
-    Digits and lanes are read from `digits[digit]` and `lanes[lane]` on.
+    Digits and lanes are read from `digits[digit]` and `lanes[lane]` on. Without `subtract`, u is left out.
     """
     target, source, random = into[lo:hi], digits[digit:], lanes[lane:]
-    if half <= NARROW_HALF:
+    if not subtract:
+        for i in range(target.size):
+            target[i] += weight * np.float32((np.float64(source[i]) - 0.5 * half) * step)
+    elif half <= NARROW_HALF:
         # In units of 2^-16 step: integers and one half, below 2^23, so exact until the multiplication.
         scale = np.float32(step * 2.0**-16)
         offset = np.float32(32767.5 - half * 32768.0)
@@ -348,6 +470,54 @@ def add(
         for i in range(target.size):
             u = (np.float64(random[i]) + 0.5) / 65536.0 - 0.5
             target[i] += weight * np.float32((np.float64(source[i]) - 0.5 * half - u) * step)
+
+
+@kernel
+def keep_escaped(
+    digits: NDArray[np.uint16], digit: Int, half: int, into: NDArray[np.float32], lo: Int, hi: Int, work: Workspace
+) -> Int:
+    """Note where in into[lo:hi] the digits are 2M + 1, and what stands there; return how many.
+
+    So the kernel that adds all others needs no branch.
+    """
+    found: Int = np.int64(0)
+    source = digits[digit:]
+    for i in range(hi - lo):
+        if source[i] == half + 1:
+            work.places[found] = lo + i
+            work.kept[found] = into[lo + i]
+            found += 1
+    return found
+
+
+@kernel
+def add_escapes(
+    found: Int,
+    data: NDArray[np.uint8],
+    nibble: Int,
+    lanes: NDArray[np.uint16],
+    shift: Int,
+    half: int,
+    subtract: int,
+    step: float,
+    weight: np.float32,
+    into: NDArray[np.float32],
+    work: Workspace,
+) -> Int:
+    """Put what the escaped coordinates should be where `keep_escaped` found them; return the next nibble.
+
+    The lane of into[i] is `lanes[i + shift]`.
+    """
+    for place in range(found):
+        at = work.places[place]
+        index, raw, nibble = get_escape(data, nibble, half)
+        u = subtract * ((np.float64(lanes[at + shift]) + 0.5) / 65536.0 - 0.5)
+        value = np.float32((np.float64(index) - 0.5 * half - u) * step)
+        if raw != NOT_RAW:
+            work.word_bits[0] = np.int32(raw)
+            value = work.word[0]
+        into[at] = work.kept[place] + weight * value
+    return nibble
 
 
 @kernel
@@ -399,16 +569,19 @@ def accumulate(
     into: NDArray[np.float32],
     weight: np.float32,
     side: NDArray[np.float32],
+    escapes: NDArray[np.uint8],
+    offsets: NDArray[np.int64],
     work: Workspace,
 ) -> int:
     """into += weight * decoded coordinates `lo ..` (a multiple of TILE); return the tiles whose check fails.
 
-    `side` is the side information of the same span in the nested scheme, else empty. Exceptions are not this kernel's.
+    `side` is the side information of the same span in the nested scheme, else empty. The escapes of tile t begin at
+    byte `offsets[t]` of `escapes` and end where the next tile's begin; empty where the scheme has none.
     """
     lanes, scratch, digits, fields, wide = work.lanes, work.scratch, work.digits, work.fields, work.wide
     indices, crc = work.indices, work.crc
     bucket, half, ratio = scheme.bucket, scheme.half, scheme.ratio
-    form = (scheme.base, scheme.group, scheme.bits)
+    form = scheme.form
     segment = min(bucket, TILE)
     width = max(bucket, TILE)
     whole = tile_nbytes(scheme, TILE)
@@ -421,17 +594,25 @@ def accumulate(
             continue
         entry = tile // width
         at = table[entry] + (tile - entry * width) // TILE * whole
-        unpack(form, tiles, at, count, fields, wide, digits)
+        unpack_digits(form, tiles, at, count, work.spare, fields, wide, digits)
         fill_lanes(stream, tile, hi - tile, lanes, scratch, into, hi - lo)
         done: Int = np.int64(0)
+        nibble = 2 * offsets[tile // TILE] if scheme.escape else np.int64(0)
         for s in range(tile, hi, segment):
             step = np.float64(steps[s // bucket])
             if step > 0.0:
                 a, b, lane = s - lo, min(s + segment, hi) - lo, s - tile
                 if ratio:
                     add_nested(digits, indices, done, lanes, lane, half, ratio, alpha, step, weight, side, into, a, b)
+                elif scheme.escape and offsets[tile // TILE] < offsets[tile // TILE + 1]:
+                    part = escapes[: offsets[tile // TILE + 1]]
+                    found = keep_escaped(digits, done, half, into, a, b, work)
+                    add(digits, done, lanes, lane, half, scheme.subtract, step, weight, into, a, b)
+                    nibble = add_escapes(
+                        found, part, nibble, lanes, lane - a, half, scheme.subtract, step, weight, into, work
+                    )
                 else:
-                    add(digits, done, lanes, lane, half, step, weight, into, a, b)
+                    add(digits, done, lanes, lane, half, scheme.subtract, step, weight, into, a, b)
                 done += b - a
         if ratio:
             check = np.int64(0)
@@ -470,3 +651,10 @@ def accumulate_bf16(values: NDArray[np.uint16], into: NDArray[np.float32], weigh
             work.word_bits[i] = np.int32(np.uint32(source[i]) << 16)
         for i in range(part.size):
             part[i] += weight * work.word[i]
+
+
+@kernel
+def clip(x: NDArray[np.float32], bound: np.float32, out: NDArray[np.float32]) -> None:
+    """out = x within -bound .. bound."""
+    for i in range(x.size):
+        out[i] = min(max(x[i], -bound), bound)

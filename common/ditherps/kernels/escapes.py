@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from ditherps.kernels.jit import Int, kernel
 
 MOST_NIBBLES = 11  # of a number below 2^33
+ESCAPE_NIBBLES = 12  # at most, of an index outside the alphabet
+NOT_RAW = -1
+_LARGEST = 3.4028234663852886e38  # of float32
 
 
 @kernel
@@ -62,3 +65,49 @@ def get_number(data: NDArray[np.uint8], at: Int) -> tuple[Int, Int]:
         if nibble < 8:
             break
     return value, at
+
+
+@kernel
+def put_escape(exact: float, half: int, step: float, bits: Int, out: NDArray[np.uint8], at: Int) -> Int:
+    """Write a digit outside 0 .. 2M (2M = `half`): how far outside, or the coordinate's own 32 bits where that is far.
+
+    The number is 0 before 32 bits as eight nibbles, else 1 + 2 (distance - 1) + (1 above the alphabet, 0 below).
+    Rounding may have put `exact` just inside; the nearest digit outside is then as good.
+    """
+    above = exact > 0.5 * half
+    distance = max(exact - half if above else -exact, 1.0)
+    if distance > 2147483646.0 or (distance + half + 2.0) * step > _LARGEST:
+        at = put_number(np.int64(0), out, at)
+        for group in range(8):
+            at = put_nibble((bits >> (4 * group)) & 15, out, at)
+        return at
+    return put_number(2 * (np.int64(distance) - 1) + np.int64(above) + 1, out, at)
+
+
+@kernel
+def get_escape(data: NDArray[np.uint8], at: Int, half: int) -> tuple[Int, Int, Int]:
+    """Read what `put_escape` wrote: (digit, the coordinate's bits or `NOT_RAW`, next place)."""
+    number, at = get_number(data, at)
+    if number == 0:
+        bits: Int = np.int64(0)
+        for group in range(8):
+            bits |= get_nibble(data, at) << (4 * group)
+            at += 1
+        return np.int64(0), bits, at
+    distance = ((number - 1) >> 1) + 1
+    return (half + distance if (number - 1) & 1 else -distance), np.int64(NOT_RAW), at
+
+
+@kernel
+def check_escapes(data: NDArray[np.uint8], lo: Int, hi: Int, half: int, step: float) -> bool:
+    """Whether all escapes in bytes lo .. hi of a tile decode to finite values under steps up to `step`."""
+    part = data[:hi]
+    at = 2 * lo
+    while at < 2 * hi:
+        digit, bits, at = get_escape(part, at, half)
+        if bits != NOT_RAW:
+            if bits & 0x7F800000 == 0x7F800000:
+                return False
+        elif np.abs(digit) > 1 << 32 or (np.abs(np.float64(digit)) + half + 2.0) * step > _LARGEST:
+            return False
+    return True

@@ -12,7 +12,6 @@ Fields are laid out so (`Packing.bits`):
 * 7: in eight columns of m = ceil(f / 8) fields; byte c*m + j (c < 7) is field c*m + j in its upper seven bits, and
   bit c of field 7m + j in its lowest.
 * 48: six planes of f bytes, the least significant first.
-* 16: alphabets beyond 256 symbols: the digit itself (g = 1), low byte plane, then high byte plane.
 """
 
 from __future__ import annotations
@@ -47,9 +46,7 @@ WIDE_FIELDS = 1024
 
 @functools.cache
 def packing(base: int) -> Packing:
-    """The packing of digits below `base` (2 .. 65535) with the fewest bits a digit; of equals, whole bytes first."""
-    if base > 256:
-        return Packing(base, 1, 16)
+    """The packing of digits below `base` (2 .. 256) with the fewest bits a digit; of equals, whole bytes first."""
     candidates = []
     for order, bits in enumerate((8, 7, 48)):
         group = 0
@@ -87,12 +84,7 @@ def pack(
     f = (count + group - 1) // group
     for i in range(count, f * group):
         digits[i] = 0
-    if bits == 16:
-        low, high = out[:f], out[f : 2 * f]
-        for j in range(f):
-            low[j] = np.uint8(digits[j])
-            high[j] = np.uint8(digits[j] >> 8)
-    elif bits == 48:
+    if bits == 48:
         _pack_wide(base, group, digits, f, wide, out)
     else:
         # Whole vectors: what is computed beyond the f fields is never written.
@@ -165,11 +157,7 @@ def unpack(
     base, group, bits = form
     data = whole[at:]
     f = (count + group - 1) // group
-    if bits == 16:
-        low, high = data[:f], data[f : 2 * f]
-        for j in range(f):
-            digits[j] = np.uint16(low[j] | (np.uint16(high[j]) << 8))
-    elif bits == 48:
+    if bits == 48:
         _unpack_wide(base, group, data, f, wide, digits)
     elif base == 256:
         for j in range(f):

@@ -51,7 +51,7 @@ def _philox(stream: Stream, c0: np.uint64) -> tuple[np.uint64, np.uint64, np.uin
 
 
 @kernel
-def philox_tile(stream: Stream, tile: Int, out: NDArray[np.uint16], ahead: NDArray[np.float32], at: int) -> None:
+def philox_tile(stream: Stream, tile: Int, out: NDArray[np.uint16], ahead: NDArray[np.float32], at: Int) -> None:
     """Write the 4096 lanes of dither tile `tile` to `out[:4096]`.
 
     Meanwhile as much of `ahead` as a tile holds, from `ahead[at]` on, is asked for: what the caller reads next.
@@ -78,19 +78,19 @@ def philox_tile(stream: Stream, tile: Int, out: NDArray[np.uint16], ahead: NDArr
 @kernel
 def fill_lanes(
     stream: Stream,
-    offset: int,
-    count: int,
+    offset: Int,
+    count: Int,
     out: NDArray[np.uint16],
     scratch: NDArray[np.uint16],
     ahead: NDArray[np.float32],
-    at: int,
+    at: Int,
 ) -> None:
     """Write the lanes of flat coordinates `start + offset ...` to `out[:count]`; `scratch` has room for one tile.
 
     `ahead` and `at` as in `philox_tile`.
     """
     position = stream[5] + offset
-    done = 0
+    done: Int = np.int64(0)
     while done < count:
         tile = position // TILE
         inside = position - tile * TILE

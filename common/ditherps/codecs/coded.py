@@ -1,0 +1,232 @@
+"""Entropy-coded: steps, a directory, and chunks that each stand alone (proto/FORMAT.md, "Chunks")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import Executor
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditherps.codecs.base import HEADER, BadInput, Bytes, Encoded, Span, checksum
+from ditherps.codecs.steps import MAX_LEVELS, StepOptions
+from ditherps.dither import Address
+from ditherps.errors import PayloadError, Reason
+from ditherps.kernels import cpu
+from ditherps.kernels.alphabets import Alphabet, alphabet
+from ditherps.kernels.coded import (
+    CHUNK,
+    CHUNK_TILES,
+    CODED,
+    HEAD,
+    PACKED,
+    PLAIN,
+    REACH,
+    accumulate_chunk,
+    accumulate_packed,
+    check_chunk,
+    coder,
+    encode_chunk,
+    pack_chunk,
+)
+from ditherps.kernels.philox import TILE, Stream
+
+_LARGEST_STEP = cpu.LARGEST / REACH
+
+
+class Index(NamedTuple):
+    """What decoding needs of a checked payload: its steps, and where each chunk begins and the last ends."""
+
+    steps: NDArray[np.float32]
+    offsets: NDArray[np.int64]
+
+
+class CodedLayout:
+    """Header, steps, directory, chunks. The header's checksum covers the first three, the directory holds the chunks'.
+
+    Attributes:
+        chunk_coordinates: unit of spans, and of work for threads.
+    """
+
+    chunk_coordinates = CHUNK
+
+    def __init__(self, options: StepOptions, *, subtract: bool) -> None:
+        self._options = options
+        self._subtract = subtract
+
+    def _bucket(self, coordinates: int) -> int:
+        return self._options.width or max(coordinates, 1)
+
+    def buckets(self, coordinates: int) -> int:
+        """How many steps a payload has."""
+        return -(-coordinates // self._bucket(coordinates))
+
+    def _front(self, coordinates: int) -> int:
+        """Bytes before the chunks."""
+        return HEADER.size + 4 * self.buckets(coordinates) + 8 * -(-coordinates // CHUNK)
+
+    def max_nbytes(self, coordinates: int) -> int:
+        """A chunk that would take more than its float32 values is sent as these."""
+        return self._front(coordinates) + HEAD * -(-coordinates // CHUNK) + 4 * coordinates
+
+    def steps(self, data: Bytes, coordinates: int) -> NDArray[np.float32]:
+        """The steps in a payload's bytes."""
+        return data[HEADER.size : HEADER.size + 4 * self.buckets(coordinates)].view(np.float32)
+
+    def encode(
+        self, x: NDArray[np.float32], address: Address, step: float | None, pool: Executor | None
+    ) -> tuple[Bytes, int, int | None]:
+        """As `FixedLayout.encode`; chunks are encoded on the threads of `pool`, to the same bytes."""
+        n = x.size
+        map_: Callable[..., object] = map if pool is None else pool.map
+        steps = self._steps(x, map_) if step is None else np.full(self.buckets(n), step, np.float32)
+        stream, bucket = address.stream(n), self._bucket(n)
+        chunks: list[Bytes] = list(
+            map_(lambda lo: self._chunk(x, lo, min(lo + CHUNK, n), stream, bucket, steps), range(0, n, CHUNK))  # type: ignore[call-overload]
+        )
+        front = self._front(n)
+        data = np.empty(front + sum(chunk.size for chunk in chunks), np.uint8)
+        self.steps(data, n)[:] = steps
+        directory = data[front - 8 * len(chunks) : front].view(np.uint32)
+        at = front
+        for place, chunk in enumerate(chunks):
+            directory[2 * place : 2 * place + 2] = chunk.size, checksum(chunk)
+            data[at : at + chunk.size] = chunk
+            at += chunk.size
+        return data, 0, front
+
+    def _steps(self, x: NDArray[np.float32], map_: Callable[..., object]) -> NDArray[np.float32]:
+        """The step of each bucket; a bucket of several chunks is summed chunk by chunk, in their order."""
+        bits, bucket = x.view(np.int32), self._bucket(x.size)
+        rule, factor = self._options.step, self._options.factor
+        unit = min(bucket, CHUNK) if bucket < CHUNK or bucket % CHUNK == 0 or bucket >= x.size else TILE
+
+        def measure(lo: int) -> tuple[int, float]:
+            hi = min(lo + unit, x.size)
+            largest = int(cpu.largest_bits(bits, lo, hi))
+            if rule == "max" or largest >= cpu.INFINITY_BITS:
+                return largest, 0.0
+            return largest, float(cpu.sum_of_squares(x, lo, hi, cpu.workspace().sums))
+
+        parts: list[tuple[int, float]] = list(map_(measure, range(0, x.size, unit)))  # type: ignore[call-overload]
+        steps = np.empty(self.buckets(x.size), np.float32)
+        per_bucket = -(-bucket // unit)
+        for place in range(steps.size):
+            mine = parts[place * per_bucket : (place + 1) * per_bucket]
+            lo, hi = place * bucket, min((place + 1) * bucket, x.size)
+            largest = max(part[0] for part in mine)
+            if largest >= cpu.INFINITY_BITS:
+                raise BadInput(lo, hi, "not finite")
+            squares = sum(part[1] for part in mine)
+            if rule == "max":
+                exact = float(np.array(largest, np.int32).view(np.float32)) / factor
+            elif rule == "l2":
+                exact = math.sqrt(squares) / factor
+            else:
+                exact = math.sqrt(squares / (hi - lo)) * factor
+            steps[place] = cpu.rounded_up(exact, REACH) if largest else 0.0
+            if steps[place] < 0:
+                raise BadInput(lo, hi, "too large: its reconstruction could overflow float32")
+        return steps
+
+    def _chunk(
+        self, x: NDArray[np.float32], lo: int, hi: int, stream: Stream, bucket: int, steps: NDArray[np.float32]
+    ) -> Bytes:
+        """The bytes of one chunk, in the form that takes the fewest."""
+        work = coder()
+        size = int(encode_chunk(x, lo, hi, stream, bucket, steps, self._subtract, work, work.out))
+        reach = int(work.reach[0])
+        if 0 < reach <= MAX_LEVELS:
+            form = alphabet(2 * reach + 1)
+            packed = _packed_nbytes(form, hi - lo)
+            if packed < size or (size < 0 and packed <= work.out.size):
+                size = int(pack_chunk(x, lo, hi, stream, bucket, steps, form, reach, work, cpu.workspace(), work.out))
+        plain = HEAD + 4 * (hi - lo)
+        if 0 < size <= plain:
+            return work.out[:size].copy()
+        out = np.zeros(plain, np.uint8)
+        out[3] = PLAIN
+        out[HEAD:] = x[lo:hi].view(np.uint8)
+        return out
+
+    def sealed_bytes(self, encoded: Encoded) -> int:
+        """Header, steps and directory, or what there is of them."""
+        return min(self._front(encoded.coordinates), encoded.nbytes)
+
+    def index(self, encoded: Encoded) -> Index:
+        """Check the directory and every chunk; raises PayloadError."""
+        n, size = encoded.coordinates, encoded.nbytes
+        front = self._front(n)
+        if front > size or encoded.header.tail_bytes:
+            raise PayloadError(f"payload of {size} bytes has no room for the directory of its chunks", Reason.SIZE)
+        steps = self.steps(encoded.data, n)
+        if not np.all((steps == 0) | ((steps >= cpu.SMALLEST_STEP) & (steps <= _LARGEST_STEP))):
+            raise PayloadError("payload holds a step that is negative, not finite or out of range", Reason.NON_FINITE)
+        directory = encoded.data[HEADER.size + 4 * steps.size : front].view(np.uint32).reshape(-1, 2)
+        offsets = front + np.concatenate((np.zeros(1, np.int64), np.cumsum(directory[:, 0], dtype=np.int64)))
+        if offsets[-1] != size:
+            raise PayloadError(f"payload has {size} bytes, its directory announces {offsets[-1]}", Reason.SIZE)
+        largest, rows = float(steps.max(initial=0)), np.empty((CHUNK_TILES, 3), np.int64)
+        for place, (begin, end) in enumerate(pairwise(offsets.tolist())):
+            chunk = encoded.data[begin:end]
+            if checksum(chunk) != directory[place, 1]:
+                raise PayloadError(f"chunk {place} does not match its checksum", Reason.DIGEST_MISMATCH)
+            if not _well_formed(chunk, min(CHUNK, n - place * CHUNK), largest, rows):
+                raise PayloadError(f"chunk {place} is malformed")
+        return Index(steps, offsets)
+
+    def accumulate(
+        self,
+        encoded: Encoded,
+        index: Index,
+        address: Address,
+        into: NDArray[np.float32],
+        weight: np.float32,
+        span: Span,
+        side: NDArray[np.float32] | None,
+    ) -> int:
+        """into += weight * decoded; no tile has a check that could fail."""
+        n = encoded.coordinates
+        stream, bucket, work = address.stream(n), self._bucket(n), coder()
+        for lo in range(span[0], span[1], CHUNK):
+            place = lo // CHUNK
+            chunk = encoded.data[index.offsets[place] : index.offsets[place + 1]]
+            target = into[lo - span[0] : min(lo + CHUNK, span[1]) - span[0]]
+            form = int(chunk[3])
+            if form == CODED:
+                accumulate_chunk(chunk, lo, stream, bucket, index.steps, self._subtract, work, target, weight)
+            elif form == PACKED:
+                reach = int(chunk[:2].view(np.uint16)[0])
+                accumulate_packed(
+                    chunk, lo, stream, bucket, index.steps, self._subtract, alphabet(2 * reach + 1), reach, work,
+                    cpu.workspace(), target, weight,
+                )  # fmt: skip
+            else:
+                cpu.accumulate_float32(chunk[HEAD:].copy().view(np.float32), target, weight)
+        return 0
+
+
+def _packed_nbytes(form: Alphabet, count: int) -> int:
+    whole, rest = divmod(count, TILE)
+    return HEAD + whole * form.nbytes(TILE) + (form.nbytes(rest) if rest else 0)
+
+
+def _well_formed(chunk: Bytes, count: int, largest_step: float, rows: NDArray[np.int64]) -> bool:
+    """Whether a chunk of any form is whole, and decodes to finite values."""
+    if chunk.size < HEAD:
+        return False
+    form = int(chunk[3])
+    if form == CODED:
+        return bool(check_chunk(chunk, count, largest_step, rows))
+    if form == PACKED:
+        reach = int(chunk[0]) | int(chunk[1]) << 8
+        rest = int(chunk[2]) or chunk[4:HEAD].any()
+        return 0 < reach <= MAX_LEVELS and not rest and chunk.size == _packed_nbytes(alphabet(2 * reach + 1), count)
+    if form == PLAIN:
+        if chunk.size != HEAD + 4 * count or chunk[:3].any() or chunk[4:HEAD].any():
+            return False
+        return bool(cpu.largest_bits(chunk[HEAD:].copy().view(np.int32), 0, count) < cpu.INFINITY_BITS)
+    return False

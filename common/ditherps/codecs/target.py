@@ -1,0 +1,139 @@
+"""The `target` rule for bits: the step with which a vector takes a given number of bits a coordinate.
+
+One pass gathers statistics; from these the expected bits of any step follow, and the finest step that fits is taken.
+All of it is integers, table look-ups and IEEE arithmetic, so both the step and the bytes are the same on every machine.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditherps.codecs.base import BadInput
+from ditherps.codecs.steps import StepOptions, packed_bits
+from ditherps.dither import TILE
+from ditherps.entropy.family import SCALES, SCALES_PER_OCTAVE, SHAPES, SPIKES, family, root
+from ditherps.kernels import cpu
+from ditherps.kernels.coded import CHUNK, HEAD
+from ditherps.kernels.rans import LANES, SLOTS
+from ditherps.kernels.statistics import MAGNITUDE_BITS, MAGNITUDES, count_magnitudes, fit_tiles, model_bits
+from ditherps.kernels.tables import CELLS, ENTRIES
+
+FINENESS = 16  # steps tried between two neighbouring scales
+_OCTAVE = FINENESS * SCALES_PER_OCTAVE
+_REACH = 20  # octaves around the rms within which steps are looked for
+_OVERHEAD = 8 * (HEAD + 8 + 3 * LANES) / CHUNK + 4 / TILE  # of chunks: heads, what states waste, parameters
+_ESCAPE_BITS = 10.0
+
+
+def step_for_bits(x: NDArray[np.float32], options: StepOptions, *, subtract: bool) -> float:
+    """The one step for all of x that takes about `options.bits` a coordinate; 0 for zeros.
+
+    With `coder=rans` the bits are those of the models that suit its tiles, within some 2 % where these fit; with
+    `coder=fixed` those of the packed alphabet and of the escapes that |x|'s histogram predicts.
+
+    Raises:
+        BadInput: x is not finite.
+    """
+    bits = x.view(np.int32)
+    largest = int(cpu.largest_bits(bits, 0, x.size)) if x.size else 0
+    if largest >= cpu.INFINITY_BITS:
+        raise BadInput(0, x.size, "not finite")
+    if largest == 0:
+        return 0.0
+    rms = float(np.sqrt(cpu.sum_of_squares(x, 0, x.size, cpu.workspace().sums) / x.size))
+    cost = _coded_cost(x, rms, subtract) if options.coder == "rans" else _fixed_cost(x, rms, options)
+    low, high = -_REACH * _OCTAVE, _REACH * _OCTAVE  # in parts of an octave; bits fall as the step grows
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) > (options.bits or 0.0) else (low, middle)
+    step = float(cpu.rounded_up(rms * _power(high), 1.0))
+    if step * 2.0**20 >= cpu.LARGEST:
+        raise BadInput(0, x.size, "too large: its reconstruction could overflow float32")
+    return step
+
+
+def _power(place: int) -> float:
+    """2^(place / parts of an octave), the same everywhere."""
+    octave, part = divmod(place, _OCTAVE)
+    return _parts()[part] * 2.0**octave
+
+
+@functools.cache
+def _parts() -> list[float]:
+    return [root(_OCTAVE, 1 << (52 * _OCTAVE + part)) * 2.0**-52 for part in range(_OCTAVE)]
+
+
+@functools.cache
+def _logarithms() -> NDArray[np.float64]:
+    """log2 of 0 (as 0) .. SLOTS in units of 2^-20, by repeated squaring of integers."""
+    out = np.zeros(SLOTS + 1, np.float64)
+    for number in range(1, SLOTS + 1):
+        whole = number.bit_length() - 1
+        mantissa, result = (number << 30) >> whole, whole
+        for _ in range(20):
+            mantissa = mantissa * mantissa >> 30
+            result = 2 * result + (mantissa >> 31)
+            mantissa >>= mantissa >> 31
+        out[number] = result * 2.0**-20
+    return out
+
+
+class _coded_cost:  # noqa: N801 (a function that remembers)
+    """Bits a coordinate that the tiles' models expect for a step of rms * `_power(place)`."""
+
+    def __init__(self, x: NDArray[np.float32], rms: float, subtract: bool) -> None:
+        rows = np.empty((-(-x.size // TILE), 4), np.int64)
+        fit_tiles(x, rms, family(), rows)
+        rows = rows[rows[:, 0] >= 0]
+        keys = (rows[:, 0] * SHAPES + rows[:, 1]) * SPIKES + rows[:, 2]
+        self._keys, place = np.unique(keys, return_inverse=True)
+        self._counts = np.bincount(place, weights=rows[:, 3].astype(np.float64), minlength=self._keys.size)
+        self._size = x.size
+        self._subtract = subtract
+        self._known: dict[tuple[int, int, int], float] = {}
+        self._cumulative, self._entries = np.empty(CELLS + 2, np.int64), np.empty(ENTRIES, np.uint32)
+
+    def __call__(self, place: int) -> float:
+        whole, part = divmod(place, FINENESS)
+        total = 0.0
+        for key, count in zip(self._keys.tolist(), self._counts.tolist(), strict=True):
+            rest, spike = divmod(key, SPIKES)
+            scale, shape = divmod(rest, SHAPES)
+            here, beyond = (self._model(scale - whole - more, shape, spike) for more in (0, 1))
+            total += count * (here + (beyond - here) * part / FINENESS)
+        return total / self._size + _OVERHEAD
+
+    def _model(self, scale: int, shape: int, spike: int) -> float:
+        key = (min(max(scale, 0), SCALES - 1), shape, spike)
+        if key not in self._known:
+            self._known[key] = float(
+                model_bits(*key, self._subtract, _logarithms(), _ESCAPE_BITS, family(), self._cumulative, self._entries)
+            )
+        return self._known[key]
+
+
+class _fixed_cost:  # noqa: N801
+    """Bits a coordinate of the packed alphabet and the escapes, for a step of rms * `_power(place)`."""
+
+    def __init__(self, x: NDArray[np.float32], rms: float, options: StepOptions) -> None:
+        counts = np.zeros(MAGNITUDES, np.int64)
+        count_magnitudes(x.view(np.int32), counts)
+        bins = np.flatnonzero(counts)
+        self._sizes = (bins.astype(np.int64) << MAGNITUDE_BITS | 1 << (MAGNITUDE_BITS - 1)).astype(np.int32).view(
+            np.float32
+        ).astype(np.float64) / rms
+        self._shares = counts[bins] / x.size
+        self._half = round(2 * (options.levels or 0.5))
+
+    def __call__(self, place: int) -> float:
+        # Distance beyond the alphabet, in steps: an index is outside with the part of a step that lies beyond.
+        beyond = self._sizes / _power(place) - 0.5 * self._half
+        outside = np.minimum(np.maximum(beyond, 0.0), 1.0)
+        nibbles = np.ones_like(beyond)
+        for group in range(1, 11):
+            nibbles += beyond >= 0.5 * 8.0**group
+        # Half a byte a tile is lost to rounding.
+        return packed_bits(self._half) + 4 / TILE + 4 * float(np.sum(self._shares * outside * nibbles))
