@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ditherps import Address, Domain, Encoded, codec
 from ditherps.codecs.base import HEADER
-from ditherps.codecs.fixed import levels_for
+from ditherps.codecs.steps import levels_for
 from ditherps.kernels import reference
 
 ADDRESS = Address(seed=12345, round=7, sender=3, domain=Domain.UPDATE)

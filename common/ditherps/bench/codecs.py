@@ -195,7 +195,7 @@ def _source_table(records: Sequence[dict[str, Any]]) -> Table:
             f"{record['encode_ratio']:.2f}",
             f"{record['accumulate_ratio']:.2f}",
         ]
-        cells += [_number(record[key], ".2f") for key in ("encode_gain", "accumulate_gain")] if several else []
+        cells += [f"{record[key]:.2f}" for key in ("encode_gain", "accumulate_gain")] if several else []
         result.add_row(*map(Text, cells))
     if several:
         gain = statistics.median(record["compute_gain"] for record in records)

@@ -7,6 +7,7 @@ at the nearest that it reaches.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, get_args
@@ -57,13 +58,16 @@ KNOBS: Final[dict[str, Knob]] = {
     "qsgd": Knob("resolution", 2.0**-8, 16.0, finer=False, notch=0, given=("step=rms",)),
     "eden": Knob("bits", 2.0**-6, 4.0, finer=True, notch=0),
     "rotated": Knob("inner", 0.5, 255, finer=True, notch=0.5, form="(dqsg:levels={:g})"),
-    "maxnorm": Knob("bits", 2, 8, finer=True, notch=1),
+    "maxnorm": Knob("bits", 1, 15, finer=True, notch=1),
     "topk": Knob("fraction", 2.0**-14, 1.0, finer=True, notch=0, given=("values=bf16",)),
     "randk": Knob("fraction", 2.0**-14, 1.0, finer=True, notch=0, given=("values=bf16",)),
     "globalrandk": Knob("fraction", 2.0**-14, 1.0, finer=True, notch=0),
     "maxnorm-multiscale": Knob("low", 1, 11, finer=True, notch=1, given=("high=12",)),
 }
 """By codec; a codec without an entry is measured as it is."""
+
+_UNBIASED: Final = {"terngrad": "clip=0"}
+"""Options that make a codec unbiased which is not by default: it is listed both ways."""
 
 
 def run(
@@ -114,7 +118,10 @@ def default_specs() -> list[str]:
         if used.needs_side_information or name == "none" or (hasattr(used, "inner") and name not in KNOBS):
             continue
         coder = type(used.options).model_fields.get("coder")
-        specs += [f"{name}:coder={kind}" for kind in get_args(coder.annotation)] if coder else [name]
+        coders = [f"coder={kind}" for kind in get_args(coder.annotation)] if coder else [""]
+        ways = ["", _UNBIASED[name]] if name in _UNBIASED else [""]
+        given = [",".join(filter(None, pair)) for pair in itertools.product(ways, coders)]
+        specs += [f"{name}:{options}" if options else name for options in given]
     return specs
 
 

@@ -6,8 +6,6 @@ a codec's threads wait for each other or for memory.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -54,11 +52,6 @@ def spans(used: Codec, coordinates: int) -> list[tuple[int, int]]:
     return [(lo, min(lo + unit, coordinates)) for lo in range(0, coordinates, unit)]
 
 
-def encode_takes_pool(used: Codec) -> bool:
-    """Whether the codec's `encode` can work with several threads."""
-    return "pool" in inspect.signature(used.encode).parameters
-
-
 def gains(used: Codec, x: Tensor, encoded: Encoded, side: Tensor, threads: int, repeats: int) -> dict[str, Any]:
     """How many times faster `threads` threads are than one: medians, taken in turn.
 
@@ -71,8 +64,8 @@ def gains(used: Codec, x: Tensor, encoded: Encoded, side: Tensor, threads: int, 
         repeats: of each timing.
 
     Returns:
-        `compute_gain` of a loop without memory, `accumulate_gain` and `encode_gain`; that is None where the codec
-        encodes with one thread only.
+        `compute_gain` of a loop without memory, `accumulate_gain` and `encode_gain`; that is about 1 where the codec
+        has no use for a pool.
     """
     pieces = range(_PIECES_A_THREAD * threads)
     into, address, parts = torch.zeros(x.numel()), round_address(0), spans(used, x.numel())
@@ -87,11 +80,11 @@ def gains(used: Codec, x: Tensor, encoded: Encoded, side: Tensor, threads: int, 
         def both(work: Callable[[Any], object], over: Sequence[Any]) -> tuple[Callable[[], object], ...]:
             return lambda: [work(one) for one in over], lambda: list(pool.map(work, over))
 
-        pairs = {"compute_gain": both(_piece, pieces), "accumulate_gain": both(add, parts)}
-        if encode_takes_pool(used):
-            with_pool: dict[str, Any] = {"pool": pool}
-            alone = functools.partial(used.encode, x, address)
-            pairs["encode_gain"] = (alone, functools.partial(used.encode, x, address, **with_pool))
+        pairs = {
+            "compute_gain": both(_piece, pieces),
+            "encode_gain": (lambda: used.encode(x, address), lambda: used.encode(x, address, pool=pool)),
+            "accumulate_gain": both(add, parts),
+        }
         for pair in pairs.values():
             for action in pair:
                 action()  # kernels load, and every thread gets its own room
@@ -99,7 +92,7 @@ def gains(used: Codec, x: Tensor, encoded: Encoded, side: Tensor, threads: int, 
         for _ in range(repeats):
             for name, (one, many) in pairs.items():
                 seconds[name].append((timed(one), timed(many)))
-    result: dict[str, Any] = {"threads": threads, "encode_gain": None}
+    result: dict[str, Any] = {"threads": threads}
     for name, times in seconds.items():
         one, many = (statistics.median(column) for column in zip(*times, strict=True))
         result[name] = one / many

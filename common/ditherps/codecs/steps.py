@@ -166,7 +166,7 @@ def levels_of_bits(bits: float) -> float:
 
 
 def packed_bits(half: int) -> float:
-    """Bits a coordinate of packed digits 0 .. 2M (= `half`) and the escape, in a full tile, with its count of escapes."""
+    """Bits a coordinate of packed digits 0 .. 2M (= `half`) and the escape in a full tile, with its size of escapes."""
     return 8 * (packing(half + 2).nbytes(TILE) + 2) / TILE
 
 
