@@ -359,15 +359,23 @@ class TestEqualError:
         assert {"dqsg:coder=fixed", "dqsg:coder=rans"} < set(equal.default_specs())
         assert all(parse(spec).unbiased for spec in equal.default_specs() if "clip=0" in spec)
         x = source("gaussian", 1 << 12).x
-        for name, knob in equal.KNOBS.items():
-            if name not in codec_names():
-                continue
+        for name, knob in ((name, knob) for name, knobs in equal.KNOBS.items() for knob in knobs):
             middle = math.sqrt(knob.low * knob.high)
             values = (knob.low, knob.low + knob.notch) if knob.notch else (middle, 2 * middle)
             assert knob.option in type(parse(name).options).model_fields, name
             given = ",".join((*knob.given, ""))
             first, second = (quality(parse(f"{name}:{given}{knob.text(v)}"), x, x, 8).nmse for v in values)
             assert (second < first) == knob.finer, name
+
+    def test_options_that_a_person_gives_choose_the_knob(self) -> None:
+        specs = ["qsgd:step=l2", "qsgd:step=max,bucket=512", "qsgd:step=rms", "dqsg:step=max,levels=2"]
+        found = equal.run(0.1, specs, sources=["gaussian"], coordinates=1 << 13, rounds=2)
+        for record, spec in zip(found, specs, strict=True):
+            assert record["options"]["step"] == spec.partition("step=")[2].partition(",")[0]
+        norm, largest, root, fixed = found
+        assert norm["reached"] and largest["reached"] and root["reached"] and not fixed["reached"]  # noqa: PT018
+        assert norm["options"]["levels"] > 5 * largest["options"]["levels"] > 5
+        assert fixed["options"]["levels"] == 2
 
     def test_as_a_command(self) -> None:
         result = CliRunner().invoke(

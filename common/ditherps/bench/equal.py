@@ -53,21 +53,25 @@ class Knob(NamedTuple):
         return f"{self.option}={self.form.format(value)}"
 
 
-KNOBS: Final[dict[str, Knob]] = {
-    "dqsg": Knob("resolution", 2.0**-8, 16.0, finer=False, notch=0, given=("step=rms",)),
-    "qsgd": Knob("resolution", 2.0**-8, 16.0, finer=False, notch=0, given=("step=rms",)),
-    "eden": Knob("bits", 2.0**-6, 4.0, finer=True, notch=0),
-    "rotated": Knob("inner", 0.5, 255, finer=True, notch=0.5, form="(dqsg:levels={:g})"),
-    "maxnorm": Knob("bits", 1, 15, finer=True, notch=1),
-    "topk": Knob("fraction", 2.0**-14, 1.0, finer=True, notch=0, given=("values=bf16",)),
-    "randk": Knob("fraction", 2.0**-14, 1.0, finer=True, notch=0, given=("values=bf16",)),
-    "globalrandk": Knob("fraction", 2.0**-14, 1.0, finer=True, notch=0),
-    "maxnorm-multiscale": Knob("low", 1, 11, finer=True, notch=1, given=("high=12",)),
-}
-"""By codec; a codec without an entry is measured as it is."""
+_RESOLUTION: Final = Knob("resolution", 2.0**-8, 16.0, finer=False, notch=0, given=("step=rms",))
+_LEVELS: Final = Knob("levels", 1, 32767, finer=True, notch=1)
 
-_UNBIASED: Final = {"terngrad": "clip=0"}
-"""Options that make a codec unbiased which is not by default: it is listed both ways."""
+KNOBS: Final[dict[str, tuple[Knob, ...]]] = {
+    "dqsg": (_RESOLUTION, _LEVELS),
+    "qsgd": (_RESOLUTION, _LEVELS),
+    "eden": (Knob("bits", 2.0**-6, 4.0, finer=True, notch=0),),
+    "rotated": (Knob("inner", 0.5, 255, finer=True, notch=0.5, form="(dqsg:levels={:g})"),),
+    "maxnorm": (Knob("bits", 1, 15, finer=True, notch=1),),
+    "maxnorm-multiscale": (Knob("low", 1, 11, finer=True, notch=1, given=("high=12",)),),
+    "topk": (Knob("fraction", 2.0**-14, 1.0, finer=True, notch=0, given=("values=bf16",)),),
+    "randk": (Knob("fraction", 2.0**-14, 1.0, finer=True, notch=0, given=("values=bf16",)),),
+    "globalrandk": (Knob("fraction", 2.0**-14, 1.0, finer=True, notch=0),),
+}
+"""By codec: the first counts whose `given` the person's options do not contradict. Without one, a codec is measured as
+it is."""
+
+_WAYS: Final = {"qsgd": ("step=max", "step=l2", "step=rms"), "terngrad": ("", "clip=0")}
+"""Codecs that are listed in several ways: QSGD with each norm, TernGrad biased by its clipping and without."""
 
 
 def run(
@@ -119,8 +123,7 @@ def default_specs() -> list[str]:
             continue
         coder = type(used.options).model_fields.get("coder")
         coders = [f"coder={kind}" for kind in get_args(coder.annotation)] if coder else [""]
-        ways = ["", _UNBIASED[name]] if name in _UNBIASED else [""]
-        given = [",".join(filter(None, pair)) for pair in itertools.product(ways, coders)]
+        given = [",".join(filter(None, pair)) for pair in itertools.product(_WAYS.get(name, ("",)), coders)]
         specs += [f"{name}:{options}" if options else name for options in given]
     return specs
 
@@ -148,12 +151,15 @@ def _record(spec: str, from_: Source, side: torch.Tensor, nmse: float, rounds: i
 def _search(spec: str, from_: Source, side: torch.Tensor, nmse: float, rounds: int) -> tuple[Codec, Quality]:
     """The setting of a codec that reaches an error with the fewest bits, or comes nearest."""
     name, _, options = spec.partition(":")
-    knob = KNOBS.get(name)
-    if knob is None or f"{knob.option}=" in options:
+    said = [part for part in options.split(",") if part]
+    named = {part.partition("=")[0] for part in said}
+    knob = next(
+        (k for k in KNOBS.get(name, ()) if all(g in said or g.partition("=")[0] not in named for g in k.given)), None
+    )
+    if knob is None or knob.option in named:
         used = parse(spec)
         return used, quality(used, from_.x, side, rounds)
-    named = [part.partition("=")[0] for part in options.split(",")]
-    fixed = [part for part in (options, *(g for g in knob.given if g.partition("=")[0] not in named)) if part]
+    fixed = [*said, *(g for g in knob.given if g not in said)]
     tried: dict[float, tuple[Codec, Quality]] = {}
 
     def at(value: float) -> float:
