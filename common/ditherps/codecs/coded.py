@@ -19,8 +19,8 @@ from ditherps.kernels import cpu
 from ditherps.kernels.alphabets import Alphabet, alphabet
 from ditherps.kernels.coded import (
     CHUNK,
-    CHUNK_TILES,
     CODED,
+    EXPLICIT,
     HEAD,
     PACKED,
     PLAIN,
@@ -31,6 +31,7 @@ from ditherps.kernels.coded import (
     coder,
     encode_chunk,
     pack_chunk,
+    prefers_explicit,
 )
 from ditherps.kernels.philox import TILE, Stream
 
@@ -53,9 +54,14 @@ class CodedLayout:
 
     chunk_coordinates = CHUNK
 
-    def __init__(self, options: StepOptions, *, subtract: bool) -> None:
+    def __init__(self, options: StepOptions, *, subtract: bool, matched: bool = False) -> None:
         self._options = options
-        self._subtract = subtract
+        self._subtract, self._matched = subtract, matched
+
+    @property
+    def subtracts_dither(self) -> bool:
+        """Whether the dither itself is subtracted, so that the error does not depend on the vector."""
+        return self._subtract and not self._matched
 
     def _bucket(self, coordinates: int) -> int:
         return self._options.width or max(coordinates, 1)
@@ -137,20 +143,27 @@ class CodedLayout:
     ) -> Bytes:
         """The bytes of one chunk, in the form that takes the fewest."""
         work = coder()
-        size = int(encode_chunk(x, lo, hi, stream, bucket, steps, self._subtract, work, work.out))
+        out = work.out
+        size = int(encode_chunk(x, lo, hi, stream, bucket, steps, self._subtract, False, work, out))
         reach = int(work.reach[0])
-        if 0 < reach <= MAX_LEVELS:
+        # A matched reconstruction must not depend on the dither, and so its models neither.
+        if not self._matched and prefers_explicit(x, lo, hi, bucket, steps, self._subtract, work)[0]:
+            other = np.empty_like(out)
+            found = int(encode_chunk(x, lo, hi, stream, bucket, steps, self._subtract, True, work, other))
+            if found > 0 and (found < size or size < 0):
+                out, size = other, found
+        if 0 < reach <= MAX_LEVELS and not (self._matched and size > 0):
             form = alphabet(2 * reach + 1)
             packed = _packed_nbytes(form, hi - lo)
-            if packed < size or (size < 0 and packed <= work.out.size):
-                size = int(pack_chunk(x, lo, hi, stream, bucket, steps, form, reach, work, cpu.workspace(), work.out))
+            if packed < size or (size < 0 and packed <= out.size):
+                size = int(pack_chunk(x, lo, hi, stream, bucket, steps, form, reach, work, cpu.workspace(), out))
         plain = HEAD + 4 * (hi - lo)
         if 0 < size <= plain:
-            return work.out[:size].copy()
-        out = np.zeros(plain, np.uint8)
-        out[3] = PLAIN
-        out[HEAD:] = x[lo:hi].view(np.uint8)
-        return out
+            return out[:size].copy()
+        values = np.zeros(plain, np.uint8)
+        values[3] = PLAIN
+        values[HEAD:] = x[lo:hi].view(np.uint8)
+        return values
 
     def sealed_bytes(self, encoded: Encoded) -> int:
         """Header, steps and directory, or what there is of them."""
@@ -169,12 +182,12 @@ class CodedLayout:
         offsets = front + np.concatenate((np.zeros(1, np.int64), np.cumsum(directory[:, 0], dtype=np.int64)))
         if offsets[-1] != size:
             raise PayloadError(f"payload has {size} bytes, its directory announces {offsets[-1]}", Reason.SIZE)
-        largest, rows = float(steps.max(initial=0)), np.empty((CHUNK_TILES, 3), np.int64)
+        largest = float(steps.max(initial=0))
         for place, (begin, end) in enumerate(pairwise(offsets.tolist())):
             chunk = encoded.data[begin:end]
             if checksum(chunk) != directory[place, 1]:
                 raise PayloadError(f"chunk {place} does not match its checksum", Reason.DIGEST_MISMATCH)
-            if not _well_formed(chunk, min(CHUNK, n - place * CHUNK), largest, rows):
+            if not _well_formed(chunk, min(CHUNK, n - place * CHUNK), largest):
                 raise PayloadError(f"chunk {place} is malformed")
         return Index(steps, offsets)
 
@@ -196,8 +209,10 @@ class CodedLayout:
             chunk = encoded.data[index.offsets[place] : index.offsets[place + 1]]
             target = into[lo - span[0] : min(lo + CHUNK, span[1]) - span[0]]
             form = int(chunk[3])
-            if form == CODED:
-                accumulate_chunk(chunk, lo, stream, bucket, index.steps, self._subtract, work, target, weight)
+            if form in (CODED, EXPLICIT):
+                accumulate_chunk(
+                    chunk, lo, stream, bucket, index.steps, self._subtract, self._matched, work, target, weight
+                )
             elif form == PACKED:
                 reach = int(chunk[:2].view(np.uint16)[0])
                 accumulate_packed(
@@ -214,13 +229,13 @@ def _packed_nbytes(form: Alphabet, count: int) -> int:
     return HEAD + whole * form.nbytes(TILE) + (form.nbytes(rest) if rest else 0)
 
 
-def _well_formed(chunk: Bytes, count: int, largest_step: float, rows: NDArray[np.int64]) -> bool:
+def _well_formed(chunk: Bytes, count: int, largest_step: float) -> bool:
     """Whether a chunk of any form is whole, and decodes to finite values."""
     if chunk.size < HEAD:
         return False
     form = int(chunk[3])
-    if form == CODED:
-        return bool(check_chunk(chunk, count, largest_step, rows))
+    if form in (CODED, EXPLICIT):
+        return bool(check_chunk(chunk, count, largest_step, coder()))
     if form == PACKED:
         reach = int(chunk[0]) | int(chunk[1]) << 8
         rest = int(chunk[2]) or chunk[4:HEAD].any()

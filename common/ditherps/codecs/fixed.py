@@ -47,6 +47,11 @@ class FixedLayout:
         self._escapes = options.unbounded and not ratio
         self._form = alphabet(ratio or self._half + 1 + self._escapes)
 
+    @property
+    def subtracts_dither(self) -> bool:
+        """Whether the dither is subtracted, so that the error does not depend on the vector."""
+        return self._subtract
+
     def _bucket(self, coordinates: int) -> int:
         """Coordinates that share a step: the option, or all of them."""
         return self._options.width or max(coordinates, 1)

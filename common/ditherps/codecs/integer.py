@@ -46,10 +46,10 @@ class IntegerCodec(Codec):
         return self._layout.max_nbytes(coordinates)
 
     def expected_squared_error(self, encoded: Encoded) -> float:
-        """step^2 / 12 a coordinate (Schuchman 1964); NaN where the dither is not subtracted: then the data decide."""
+        """step^2 / 12 a coordinate (Schuchman 1964); NaN where not the dither is subtracted: then the data decide."""
         n = encoded.coordinates
         steps = self._layout.steps(encoded.data, n)
-        if not self.subtract:
+        if not self._layout.subtracts_dither:
             return float("nan")
         if steps.size == 0:
             return 0.0

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from ditherps.codecs.base import BadInput
 from ditherps.codecs.steps import StepOptions, packed_bits
 from ditherps.dither import TILE
-from ditherps.entropy.family import SCALES, SCALES_PER_OCTAVE, SHAPES, SPIKES, family, root
+from ditherps.entropy.family import SCALES, SCALES_PER_OCTAVE, SHAPES, SPIKES, family, logarithms, root
 from ditherps.kernels import cpu
 from ditherps.kernels.coded import CHUNK, HEAD
-from ditherps.kernels.rans import LANES, SLOTS
+from ditherps.kernels.rans import LANES
 from ditherps.kernels.statistics import MAGNITUDE_BITS, MAGNITUDES, count_magnitudes, fit_tiles, model_bits
 from ditherps.kernels.tables import CELLS, ENTRIES
 
@@ -66,21 +66,6 @@ def _parts() -> list[float]:
     return [root(_OCTAVE, 1 << (52 * _OCTAVE + part)) * 2.0**-52 for part in range(_OCTAVE)]
 
 
-@functools.cache
-def _logarithms() -> NDArray[np.float64]:
-    """log2 of 0 (as 0) .. SLOTS in units of 2^-20, by repeated squaring of integers."""
-    out = np.zeros(SLOTS + 1, np.float64)
-    for number in range(1, SLOTS + 1):
-        whole = number.bit_length() - 1
-        mantissa, result = (number << 30) >> whole, whole
-        for _ in range(20):
-            mantissa = mantissa * mantissa >> 30
-            result = 2 * result + (mantissa >> 31)
-            mantissa >>= mantissa >> 31
-        out[number] = result * 2.0**-20
-    return out
-
-
 class _coded_cost:  # noqa: N801 (a function that remembers)
     """Bits a coordinate that the tiles' models expect for a step of rms * `_power(place)`."""
 
@@ -110,7 +95,7 @@ class _coded_cost:  # noqa: N801 (a function that remembers)
         key = (min(max(scale, 0), SCALES - 1), shape, spike)
         if key not in self._known:
             self._known[key] = float(
-                model_bits(*key, self._subtract, _logarithms(), _ESCAPE_BITS, family(), self._cumulative, self._entries)
+                model_bits(*key, self._subtract, logarithms(), _ESCAPE_BITS, family(), self._cumulative, self._entries)
             )
         return self._known[key]
 

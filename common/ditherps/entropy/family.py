@@ -22,6 +22,7 @@ SCALE_ORIGIN = 96
 SCALES_PER_OCTAVE = 12
 SPIKES = 48
 LINES = 32  # of a table, per octave of z + 1/8
+LOGARITHMS = 4096
 OCTAVES = 9  # from 1/8 to 64
 TAIL_PROBABILITY = 2.0**-12  # outside the range of symbols, both sides together, at least by the model
 # Both follow from BETAS (a test recomputes them); constants, since they decide about bytes.
@@ -34,7 +35,8 @@ class Family(NamedTuple):
     """What the kernels read.
 
     Attributes:
-        tails: uint32[SHAPES, OCTAVES * LINES + 2]: 2^31 P(Z > z) at z + 1/8 = 2^(i // LINES - 3) (1 + i % LINES / LINES).
+        tails: uint32[SHAPES, OCTAVES * LINES + 2]: 2^31 P(Z > z) where z + 1/8 is
+            2^(i // LINES - 3) (1 + i % LINES / LINES).
         reach: int64[SHAPES]: 12 log2 of the z beyond which `TAIL_PROBABILITY` lies, rounded.
         ratios: float64[SHAPES - 1]: (E|Z|)^2 / E Z^2 half-way between neighbouring shapes.
         octave: uint64[SCALES_PER_OCTAVE]: 2^(32 - i / 12), rounded.
@@ -86,3 +88,18 @@ def root(degree: int, value: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if middle**degree <= value else (low, middle)
     return low
+
+
+@functools.cache
+def logarithms() -> NDArray[np.float64]:
+    """log2 of 0 (as 0) .. 4096 in units of 2^-20, by repeated squaring of integers."""
+    out = np.zeros(LOGARITHMS + 1, np.float64)
+    for number in range(1, LOGARITHMS + 1):
+        whole = number.bit_length() - 1
+        mantissa, result = (number << 30) >> whole, whole
+        for _ in range(20):
+            mantissa = mantissa * mantissa >> 30
+            result = 2 * result + (mantissa >> 31)
+            mantissa >>= mantissa >> 31
+        out[number] = result * 2.0**-20
+    return out

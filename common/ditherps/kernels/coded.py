@@ -12,20 +12,25 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ditherps.entropy.family import SCALES, SHAPES, SPIKES, Family, family
+from ditherps.entropy.family import Family, family, logarithms
 from ditherps.kernels.alphabets import Alphabet, digits_nbytes, pack_digits, unpack_digits
 from ditherps.kernels.cpu import LARGEST, Workspace
 from ditherps.kernels.escapes import folded, get_number, put_number, unfolded
+from ditherps.kernels.explicit import fill_from_slots, get_table, put_table, share_slots
 from ditherps.kernels.jit import Int, kernel
+from ditherps.kernels.parameters import ZERO_SHAPE, get_parameters, put_parameters
 from ditherps.kernels.philox import TILE, Stream, fill_lanes
-from ditherps.kernels.rans import LANES, LOWEST, PAD, SLOTS, get_symbols, put_symbols
+from ditherps.kernels.rans import LANES, LOWEST, PAD, SLOT_BITS, SLOTS, get_symbols, put_symbols
 from ditherps.kernels.tables import (
     CELLS,
     ENTRIES,
     FILL,
+    OFFSET_BITS,
+    OFFSETS,
     fill_cumulative,
     fill_entries,
     fill_nearest,
+    fill_offsets,
     fill_reciprocals,
     fit,
     resolution_of,
@@ -35,12 +40,15 @@ CHUNK_TILES = 64
 CHUNK = CHUNK_TILES * TILE
 SMALL = 8192  # coordinates of a chunk below which one state is cheaper than sixteen
 HEAD = 8  # bytes before the rest of a chunk
-CODED, PACKED, PLAIN = 0, 1, 2  # forms of a chunk
+CODED, PACKED, PLAIN, EXPLICIT = 0, 1, 2, 3  # forms of a chunk
 REACH = 2.0 ** (20)  # steps that every chunk must be able to hold as float32
-ZERO_SHAPE = SHAPES  # a tile of zeros
 NARROW = 1 << 30  # |x / step| * 2^16 below which integers of 32 bits do
 WIDEST = 2.0**31 - 2  # of an index
 _ROW = 64
+MOST_MODEL_BYTES = 2048  # of parameters (57 bits a tile) or a table (41 bits a cell, and a bit a tile)
+GAIN = 0.9  # of the bits under the family's model, below which an explicit one is worth its table
+FIT_BITS = 1.5  # that a cell's own count seems to save in its sample, and does not
+ESCAPE_BITS = 10  # about what an escape takes beside its symbol
 
 
 class Coder(NamedTuple):
@@ -61,6 +69,7 @@ class Coder(NamedTuple):
     entries: NDArray[np.uint32]
     reciprocals: NDArray[np.uint64]
     nearest: NDArray[np.uint8]
+    offsets: NDArray[np.int32]
     low_entries: NDArray[np.uint32]
     low_reciprocals: NDArray[np.uint64]
     states: NDArray[np.uint64]
@@ -69,6 +78,10 @@ class Coder(NamedTuple):
     nibbles: NDArray[np.uint8]
     escapes: NDArray[np.uint8]
     model: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    used: NDArray[np.int64]
+    logarithms: NDArray[np.float64]
     reach: NDArray[np.int64]
     out: NDArray[np.uint8]
 
@@ -97,6 +110,7 @@ def coder() -> Coder:
             entries=np.empty(ENTRIES, np.uint32),
             reciprocals=np.empty(ENTRIES, np.uint64),
             nearest=np.empty(SLOTS + FILL, np.uint8),
+            offsets=np.empty(OFFSETS, np.int32),
             low_entries=np.empty(SLOTS, np.uint32),
             low_reciprocals=np.empty(SLOTS, np.uint64),
             states=np.empty(LANES, np.uint64),
@@ -105,70 +119,17 @@ def coder() -> Coder:
             nibbles=np.empty(6 * TILE, np.uint8),
             escapes=np.empty(6 * CHUNK, np.uint8),
             model=np.full(4, -1, np.int64),
+            slots=np.empty(CELLS, np.int64),
+            counts=np.empty(CELLS, np.int64),
+            used=np.empty(ENTRIES, np.int64),
+            logarithms=logarithms(),
             reach=np.zeros(1, np.int64),
             out=np.empty(HEAD + 4 * CHUNK, np.uint8),
         )
     return found
 
 
-# --- parameters of tiles ----------------------------------------------------------------------------------------------
-
-
-@kernel
-def put_bits(value: Int, bits: Int, out: NDArray[np.uint8], at: Int) -> Int:
-    """Write `bits` bits, lowest first, at bit `at`; bits behind are zero or not written yet."""
-    for bit in range(bits):
-        place = at + bit
-        if place & 7 == 0:
-            out[place >> 3] = 0
-        out[place >> 3] |= np.uint8(((value >> bit) & 1) << (place & 7))
-    return at + bits
-
-
-@kernel
-def get_bit(data: NDArray[np.uint8], at: Int) -> Int:
-    """Bit `at`, 1 beyond the end, so that no prefix goes on for ever."""
-    return np.int64(data[at >> 3] >> np.uint8(at & 7)) & 1 if at >> 3 < data.size else np.int64(1)
-
-
-@kernel
-def put_parameters(rows: NDArray[np.int64], tiles: Int, out: NDArray[np.uint8]) -> Int:
-    """Write the parameters of tiles as differences, Exp-Golomb coded (order 0); return whole bytes."""
-    at: Int = np.int64(0)
-    for tile in range(tiles):
-        for column in range(3):
-            before = rows[tile - 1, column] if tile else np.int64(0)
-            value = folded(rows[tile, column] - before) + 1
-            width: Int = np.int64(0)
-            while value >> (width + 1):
-                width += 1
-            at = put_bits(1 << width, width + 1, out, at)
-            at = put_bits(value & ((1 << width) - 1), width, out, at)
-    return (at + 7) >> 3
-
-
-@kernel
-def get_parameters(data: NDArray[np.uint8], tiles: Int, rows: NDArray[np.int64]) -> bool:
-    """Read what `put_parameters` wrote; False where a value is out of range or bytes are left over."""
-    at: Int = np.int64(0)
-    for tile in range(tiles):
-        for column in range(3):
-            width: Int = np.int64(0)
-            while get_bit(data, at) == 0:
-                width += 1
-                at += 1
-            at += 1
-            if width > 9:
-                return False
-            value = np.int64(1) << width
-            for bit in range(width):
-                value |= get_bit(data, at + bit) << bit
-            at += width
-            rows[tile, column] = unfolded(value - 1) + (rows[tile - 1, column] if tile else np.int64(0))
-        scale, shape, spike = rows[tile]
-        if not (0 <= scale < SCALES and 0 <= shape <= ZERO_SHAPE and 0 <= spike < SPIKES):
-            return False
-    return (at + 7) >> 3 == data.size
+# --- models ----------------------------------------------------------------------------------------------------------
 
 
 @kernel
@@ -184,11 +145,24 @@ def use_model(row: NDArray[np.int64], dithered: bool, decoding: bool, work: Code
         model[0] = key
     if decoding and model[2] != key:
         fill_nearest(work.cumulative, work.nearest)
+        fill_offsets(scale, shape, spike, class_bits, work.family, work.offsets)
         model[2] = key
     elif not decoding and model[3] != key:
         fill_reciprocals(work.entries, work.reciprocals)
         model[3] = key
     return class_bits, low_bits, model[1]
+
+
+@kernel
+def use_explicit(class_bits: Int, decoding: bool, work: Coder) -> None:
+    """Fill the tables from `slots`; those of the next tile with parameters are then made anew."""
+    fill_from_slots(work.slots, work.cumulative)
+    fill_entries(work.cumulative, class_bits, work.entries)
+    if decoding:
+        fill_nearest(work.cumulative, work.nearest)
+    else:
+        fill_reciprocals(work.entries, work.reciprocals)
+    work.model[:] = -1
 
 
 @kernel
@@ -257,6 +231,22 @@ def index_part(
 
 
 @kernel
+def quantize_tile(
+    x: NDArray[np.float32], lo: Int, hi: Int, bucket: Int, steps: NDArray[np.float32], work: Coder
+) -> tuple[float, float, Int, bool]:
+    """`index_part` of all buckets of the tile x[lo:hi]."""
+    total, squares, nonzero, fits = 0.0, 0.0, np.int64(0), True
+    segment = min(bucket, TILE)
+    for s in range(lo, hi, segment):
+        some, more, found, good = index_part(x, s, min(s + segment, hi), np.float64(steps[s // bucket]), s - lo, work)
+        total += some
+        squares += more
+        nonzero += found
+        fits = fits and good
+    return total, squares, nonzero, fits
+
+
+@kernel
 def place_symbols(count: Int, class_bits: Int, low_bits: Int, bound: Int, work: Coder) -> Int:
     """places[:count] of the tile's indices under its model, and lows; returns how many are escapes."""
     half, classes = np.int32((CELLS // 2) >> class_bits), np.int32(1 << class_bits)
@@ -281,6 +271,119 @@ def place_symbols(count: Int, class_bits: Int, low_bits: Int, bound: Int, work: 
         places[i] = np.uint16(np.int32((begin if inside else np.int32(-shift)) + np.int32(PAD)))
     escaped = np.int32(count) - escaped
     return np.int64(escaped)
+
+
+@kernel
+def escape_the_rare(count: Int, class_bits: Int, work: Coder) -> Int:
+    """Make escapes of the symbols that have no slot, as an explicit model may leave some; how many there are now."""
+    escaped: Int = np.int64(0)
+    classes = np.int32(1 << class_bits)
+    for i in range(count):
+        if work.entries[work.places[i]] >> 16 == 0:
+            work.places[i] = np.uint16(PAD - (np.int32(np.int32(work.lanes[i]) * classes) >> 16))
+        escaped += work.places[i] <= PAD
+    return escaped
+
+
+@kernel
+def count_cells(count: Int, class_bits: Int, low_bits: Int, dithered: bool, work: Coder) -> None:
+    """Add the tile's values to `counts`: the cell of x / step where a dither class is known, else the index's."""
+    classes = np.int64(1) << class_bits
+    fine = dithered and low_bits == 0
+    for i in range(count):
+        if fine:
+            cell = np.int64(np.floor(np.float64(work.scaled[i]) * 2.0**-16 * classes + 0.5))
+        else:
+            cell = np.int64(work.indices[i] >> low_bits)
+        cell += CELLS // 2
+        if classes <= cell <= CELLS - classes:
+            work.counts[cell] += 1
+
+
+@kernel
+def cost_of_places(count: Int, work: Coder) -> float:
+    """Bits of the tile's symbols under the entries."""
+    used = work.used
+    used[:] = 0
+    for i in range(count):
+        used[work.places[i]] += 1
+    bits = 0.0
+    for place in range(ENTRIES):
+        if used[place]:
+            freq = work.entries[place] >> 16
+            bits += used[place] * (SLOT_BITS - work.logarithms[freq])
+            if place <= PAD:
+                bits += ESCAPE_BITS * used[place]
+    return bits
+
+
+@kernel
+def prefers_explicit(
+    x: NDArray[np.float32], lo: Int, hi: Int, bucket: Int, steps: NDArray[np.float32], dithered: bool, work: Coder
+) -> tuple[bool, Int, Int]:
+    """Whether an explicit model codes the middle tile of the chunk x[lo:hi] in clearly fewer bits; the model's bits.
+
+    It may still cost more for the whole chunk, whose tiles need not resemble each other.
+    """
+    refused = False, np.int64(0), np.int64(0)
+    lo += (hi - lo) // TILE // 2 * TILE
+    hi = min(lo + TILE, hi)
+    count = hi - lo
+    for i in range(count):
+        work.lanes[i] = np.uint16(i * 40503)  # evenly spread
+    total, squares, nonzero, fits = quantize_tile(x, lo, hi, bucket, steps, work)
+    if not fits or nonzero == 0 or not squares > 0.0:
+        return refused
+    row = work.parameters[0]
+    fit(count, nonzero, total, squares, row, np.full(3, -1, np.int64), work.family)
+    class_bits, low_bits, bound = use_model(row, dithered, False, work)
+    place_symbols(count, class_bits, low_bits, bound, work)
+    family_bits = cost_of_places(count, work)
+    work.counts[:] = 0
+    count_cells(count, class_bits, low_bits, bool(dithered and bucket >= TILE), work)
+    if work.counts.sum() == 0:
+        return refused
+    share_slots(work.counts, work.slots)
+    use_explicit(class_bits, False, work)
+    place_symbols(count, class_bits, low_bits, (np.int64(1) << class_bits) - 1, work)
+    escape_the_rare(count, class_bits, work)
+    cells: Int = np.int64(0)
+    for cell in range(CELLS):
+        cells += work.slots[cell] > 0
+    explicit_bits = cost_of_places(count, work) + FIT_BITS * cells
+    return explicit_bits < GAIN * family_bits, class_bits, low_bits
+
+
+@kernel
+def gather_explicit(
+    x: NDArray[np.float32],
+    lo: Int,
+    hi: Int,
+    stream: Stream,
+    bucket: Int,
+    steps: NDArray[np.float32],
+    dithered: bool,
+    class_bits: Int,
+    low_bits: Int,
+    work: Coder,
+) -> bool:
+    """Fill the tables with the explicit model of the chunk x[lo:hi]; False where there is none."""
+    work.counts[:] = 0
+    for begin in range(lo, hi, TILE):
+        end = min(begin + TILE, hi)
+        fill_lanes(stream, begin, end - begin, work.lanes, work.scratch, x, end)
+        _, squares, _, fits = quantize_tile(x, begin, end, bucket, steps, work)
+        if not fits:
+            return False
+        if squares > 0.0:
+            count_cells(end - begin, class_bits, low_bits, bool(dithered and bucket >= TILE), work)
+    if work.counts.sum() == 0:
+        return False
+    share_slots(work.counts, work.slots)
+    if work.slots.min() < 0:
+        return False
+    use_explicit(class_bits, False, work)
+    return True
 
 
 @kernel
@@ -332,12 +435,14 @@ def encode_chunk(
     bucket: Int,
     steps: NDArray[np.float32],
     dithered: bool,
+    explicit: bool,
     work: Coder,
     out: NDArray[np.uint8],
 ) -> Int:
-    """Write x[lo:hi] to `out` as a coded chunk; return the bytes, -1 where they would not fit or an index is too large.
+    """Write x[lo:hi] to `out` under a model for each tile, or an explicit one for all; return the bytes.
 
-    `reach` becomes the largest |index|.
+    -1 where they would not fit, an index is too large, or there is no explicit model. `reach` becomes the largest
+    |index|.
     """
     work.reach[0] = 0
     states = work.states if hi - lo >= SMALL else work.one_state
@@ -346,34 +451,38 @@ def encode_chunk(
     top: Int = np.int64(words.size)
     tail: Int = np.int64(work.escapes.size)
     tiles = (hi - lo + TILE - 1) // TILE
-    room = out.size - HEAD - 4 * LANES - 8 * CHUNK_TILES  # parameters take at most 57 bits a tile
+    room = out.size - HEAD - 4 * LANES - MOST_MODEL_BYTES
     any_symbols = False
     last = np.full(3, -1, np.int64)
+    class_bits: Int = np.int64(0)
+    low_bits: Int = np.int64(0)
+    if explicit:
+        _, class_bits, low_bits = prefers_explicit(x, lo, hi, bucket, steps, dithered, work)
+        if not gather_explicit(x, lo, hi, stream, bucket, steps, dithered, class_bits, low_bits, work):
+            return -1
     for tile in range(tiles - 1, -1, -1):
         begin = lo + tile * TILE
         end = min(begin + TILE, hi)
         count = end - begin
         fill_lanes(stream, begin, count, work.lanes, work.scratch, x, max(begin - TILE, 0))
-        total, squares, nonzero = 0.0, 0.0, np.int64(0)
-        segment = min(bucket, TILE)
-        for s in range(begin, end, segment):
-            some, more, found, fits = index_part(
-                x, s, min(s + segment, end), np.float64(steps[s // bucket]), s - begin, work
-            )
-            if not fits:
-                return -1
-            total += some
-            squares += more
-            nonzero += found
+        total, squares, nonzero, fits = quantize_tile(x, begin, end, bucket, steps, work)
+        if not fits:
+            return -1
         row = rows[tile]
         if nonzero == 0 or not squares > 0.0:
             row[1] = ZERO_SHAPE
             continue
         any_symbols = True
-        fit(count, nonzero, total, squares, row, last, work.family)
-        last = row
-        class_bits, low_bits, bound = use_model(row, dithered, False, work)
-        if place_symbols(count, class_bits, low_bits, bound, work):
+        if explicit:
+            row[1] = 0
+            place_symbols(count, class_bits, low_bits, (np.int64(1) << class_bits) - 1, work)
+            escaped = escape_the_rare(count, class_bits, work)
+        else:
+            fit(count, nonzero, total, squares, row, last, work.family)
+            last = row
+            class_bits, low_bits, bound = use_model(row, dithered, False, work)
+            escaped = place_symbols(count, class_bits, low_bits, bound, work)
+        if escaped:
             down = 16 - class_bits
             at: Int = np.int64(0)
             for i in range(count):
@@ -389,14 +498,17 @@ def encode_chunk(
         top = put_symbols(work.places, count, work.entries, work.reciprocals, states, words, top)
         if 2 * (words.size - top) + work.escapes.size - tail > room:
             return -1
-    for tile in range(tiles):
-        if rows[tile, 1] == ZERO_SHAPE:  # the others as before: that costs least
-            rows[tile, 0] = rows[tile - 1, 0] if tile else 0
-            rows[tile, 2] = rows[tile - 1, 2] if tile else 0
-    size = put_parameters(rows, tiles, out[HEAD:])
+    if explicit:
+        size = put_table(class_bits, low_bits, work.slots, rows, tiles, out[HEAD:])
+    else:
+        for tile in range(tiles):
+            if rows[tile, 1] == ZERO_SHAPE:  # the others as before: that costs least
+                rows[tile, 0] = rows[tile - 1, 0] if tile else 0
+                rows[tile, 2] = rows[tile - 1, 2] if tile else 0
+        size = put_parameters(rows, tiles, out[HEAD:])
     lanes = states.size if any_symbols else 0
     count = words.size - top
-    put_head(size, lanes, CODED, count, out)
+    put_head(size, lanes, np.int64(EXPLICIT if explicit else CODED), count, out)
     at = np.int64(HEAD + size)
     for lane in range(lanes):
         for byte in range(4):
@@ -417,21 +529,25 @@ def encode_chunk(
 
 
 @kernel
-def check_chunk(data: NDArray[np.uint8], count: Int, largest_step: float, rows: NDArray[np.int64]) -> bool:
-    """Whether `data` is a coded chunk of `count` coordinates that decodes to finite values: sizes, parameters, escapes.
-
-    `rows` is scratch for the parameters.
-    """
+def check_chunk(data: NDArray[np.uint8], count: Int, largest_step: float, work: Coder) -> bool:
+    """Whether `data` is a coded chunk of `count` coordinates that decodes to finite values: sizes, models, escapes."""
     size = np.int64(data[0]) | np.int64(data[1]) << 8
     lanes = np.int64(data[2])
     words = np.int64(data[4]) | np.int64(data[5]) << 8 | np.int64(data[6]) << 16 | np.int64(data[7]) << 24
     at = HEAD + size + 4 * lanes + 2 * words
     tiles = (count + TILE - 1) // TILE
-    if at > data.size or lanes not in (0, 1, LANES) or not get_parameters(data[HEAD : HEAD + size], tiles, rows):
+    rows = work.parameters
+    if at > data.size or lanes not in (0, 1, LANES):
+        return False
+    model = data[HEAD : HEAD + size]
+    if data[3] == EXPLICIT:
+        if get_table(model, tiles, work.slots, rows)[0] < 0:
+            return False
+    elif not get_parameters(model, tiles, rows):
         return False
     if lanes == 0:
         for tile in range(tiles):
-            if rows[tile, 1] != ZERO_SHAPE:
+            if rows[tile, 1] != (1 if data[3] == EXPLICIT else ZERO_SHAPE):
                 return False
     for lane in range(lanes):
         state = data[HEAD + size + 4 * lane : HEAD + size + 4 * lane + 4]
@@ -454,6 +570,7 @@ def accumulate_chunk(
     bucket: Int,
     steps: NDArray[np.float32],
     dithered: bool,
+    matched: bool,
     work: Coder,
     into: NDArray[np.float32],
     weight: np.float32,
@@ -463,7 +580,15 @@ def accumulate_chunk(
     lanes = np.int64(data[2])
     count = np.int64(data[4]) | np.int64(data[5]) << 8 | np.int64(data[6]) << 16 | np.int64(data[7]) << 24
     tiles = (into.size + TILE - 1) // TILE
-    get_parameters(data[HEAD : HEAD + size], tiles, work.parameters)
+    explicit = data[3] == EXPLICIT
+    class_bits: Int = np.int64(0)
+    low_bits: Int = np.int64(0)
+    if explicit:
+        class_bits, low_bits = get_table(data[HEAD : HEAD + size], tiles, work.slots, work.parameters)
+        use_explicit(class_bits, True, work)
+    else:
+        get_parameters(data[HEAD : HEAD + size], tiles, work.parameters)
+    zero = 1 if explicit else ZERO_SHAPE
     states = work.states if lanes == LANES else work.one_state
     at = np.int64(HEAD + size)
     for lane in range(lanes):
@@ -484,9 +609,10 @@ def accumulate_chunk(
         begin = tile * TILE
         end = min(begin + TILE, into.size)
         n = end - begin
-        if work.parameters[tile, 1] == ZERO_SHAPE:
+        if work.parameters[tile, 1] == zero:
             continue
-        class_bits, low_bits, _ = use_model(work.parameters[tile], dithered, True, work)
+        if not explicit:
+            class_bits, low_bits, _ = use_model(work.parameters[tile], dithered, True, work)
         fill_lanes(stream, first + begin, n, work.lanes, work.scratch, into, end)
         classes, lane_row, cells, indices = work.classes[:n], work.lanes[:n], work.places[:n], work.indices[:n]
         count_of_classes, inverse = np.int32(1 << class_bits), np.int32(65536 >> class_bits)
@@ -513,9 +639,14 @@ def accumulate_chunk(
                     wide = wide or bool(abs(indices[i]) > 63)
             nibble = (nibble + 1) & ~1
         segment = min(bucket, TILE)
+        shifted = matched and not explicit and (class_bits >= 3 or (class_bits > 0 and work.parameters[tile, 2] > 0))
         for s in range(begin, end, segment):
             step = np.float64(steps[(first + s) // bucket])
-            add_part(indices, lane_row, s - begin, step, dithered, wide, weight, into[s : min(s + segment, end)])
+            part = into[s : min(s + segment, end)]
+            if shifted:
+                add_shifted(indices, lane_row, s - begin, step, work.offsets, wide, weight, part)
+            else:
+                add_part(indices, lane_row, s - begin, step, dithered, wide, weight, part)
 
 
 @kernel
@@ -599,3 +730,27 @@ def add_part(
         for i in range(into.size):
             fixed = np.int32(np.int32(q[i] << 16) - np.int32(random[i]))
             into[i] += weight * ((np.float32(fixed) + np.float32(32767.5)) * scale)
+
+
+@kernel
+def add_shifted(
+    indices: NDArray[np.int32],
+    lanes: NDArray[np.uint16],
+    first: Int,
+    step: float,
+    offsets: NDArray[np.int32],
+    wide: bool,
+    weight: np.float32,
+    into: NDArray[np.float32],
+) -> None:
+    """into += weight * (q - E[q | u]) * step (`tables.fill_offsets`); one rounding to float32."""
+    q, random = indices[first : first + into.size], lanes[first : first + into.size]
+    if wide:
+        for i in range(into.size):
+            offset = np.float64(offsets[random[i] >> (16 - OFFSET_BITS)]) / 131072.0
+            into[i] += weight * np.float32((np.float64(q[i]) - offset) * step)
+    else:
+        scale = np.float32(step * 2.0**-17)
+        for i in range(into.size):
+            fixed = np.int32(np.int32(q[i] * 131072) - offsets[random[i] >> (16 - OFFSET_BITS)])
+            into[i] += weight * (np.float32(fixed) * scale)

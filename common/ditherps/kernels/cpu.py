@@ -150,7 +150,7 @@ def bucket_step(
 ) -> np.float32:
     """The step of the bucket x[lo:hi], rounded up to float32; 0 for zeros, -1 where it cannot be encoded.
 
-    `bits` is x's memory, `word` and `word_bits` are one; `factor` is M for the max and l2 rules, for rms the resolution.
+    `bits` is x's memory, `word` and `word_bits` are one; `factor` is M for the max and l2 rules, else the resolution.
     """
     largest = largest_bits(bits, lo, hi)
     if largest >= INFINITY_BITS:

@@ -21,6 +21,8 @@ ENTRIES = PAD + CELLS + 1
 ESCAPE_SLOTS = 1
 MAX_LOW_BITS = 12
 FILL = 16
+OFFSET_BITS = 6
+OFFSETS = 1 << OFFSET_BITS  # parts of the dither's range with an offset each
 SLACK = 2.0 ** (1 / 48)  # of a tile's statistics before its parameters change
 _LARGEST_Z = 64 << 20
 _EIGHTH = 1 << 17
@@ -184,3 +186,33 @@ def fill_nearest(cumulative: NDArray[np.int64], nearest: NDArray[np.uint8]) -> N
             for i in range(FILL):  # what is too much is overwritten by the next cell
                 block[i] = np.uint8(j)
             at += FILL
+
+
+@kernel
+def fill_offsets(
+    scale: Int, shape: Int, spike: Int, class_bits: Int, family: Family, offsets: NDArray[np.int32]
+) -> None:
+    """`offsets[lane // 1024]` = 2^17 E[q | u] for the dither u in the middle of these lanes, by the tile's model.
+
+    q - E[q | u] estimates x / step without bias, since E[q | u] is odd in u: its mean over the dither is zero whatever
+    x is. Of all functions of u it leaves the least squared error, since it is the mean of q - x given u. For fine steps
+    it is the dither itself, times the share of values that are not zeros.
+    """
+    row = family.tails[shape]
+    octave = (scale - SCALE_ORIGIN + 10 * SCALES_PER_OCTAVE) // SCALES_PER_OCTAVE - 10
+    unit = np.int64(family.octave[scale - SCALE_ORIGIN - SCALES_PER_OCTAVE * octave])
+    others = np.int64(65536) - family.spikes[spike]
+    down = 12 + octave + 7
+    half = OFFSETS // 2
+    for place in range(half):
+        dither = np.int64(2 * place + 1)  # of OFFSETS * 2
+        mean: Int = np.int64(0)  # 2^31 E[q | u], without the zeros
+        if class_bits >= 3:
+            for k in range(1, CELLS // 2 >> class_bits):
+                border = np.int64((2 * k - 1) * OFFSETS)
+                mean += tail_of((border - dither) * unit >> down, row) - tail_of((border + dither) * unit >> down, row)
+        else:
+            mean = dither << (31 - OFFSET_BITS - 1)
+        value = np.int32((mean * others + (np.int64(1) << 29)) >> 30)
+        offsets[half + place] = value
+        offsets[half - 1 - place] = -value
