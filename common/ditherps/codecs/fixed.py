@@ -170,7 +170,7 @@ class FixedLayout:
         if escapes.size and not self._escapes:
             raise PayloadError("payload has escapes, and its codec has none")
         sizes = encoded.data[middle:begin].view(np.uint16)
-        if self._escapes and not cpu.index_escapes(sizes, escapes, steps, n, scheme, offsets):
+        if self._escapes and not cpu.index_escapes(sizes, escapes, offsets):
             raise PayloadError("payload has malformed escapes")
         return Index(steps, table, encoded.data[begin:end], escapes, offsets)
 

@@ -24,7 +24,7 @@ from ditherps.kernels.tables import CELLS, ENTRIES
 FINENESS = 16  # steps tried between two neighbouring scales
 _OCTAVE = FINENESS * SCALES_PER_OCTAVE
 _REACH = 20  # octaves around the rms within which steps are looked for
-_OVERHEAD = 8 * (HEAD + 8 + 3 * LANES) / CHUNK + 4 / TILE  # of chunks: heads, what states waste, parameters
+_OVERHEAD = 8 * (HEAD + 8 + 3 * LANES) / CHUNK + 6 / TILE  # of chunks: heads, what states waste, parameters
 _ESCAPE_BITS = 10.0
 
 
@@ -50,7 +50,8 @@ def step_for_bits(x: NDArray[np.float32], options: StepOptions, *, subtract: boo
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) > (options.bits or 0.0) else (low, middle)
     step = float(cpu.rounded_up(rms * _power(high), 1.0))
-    if step * 2.0**20 >= cpu.LARGEST:
+    size = float(np.array(largest, np.int32).view(np.float32))
+    if step * 2.0**20 >= cpu.LARGEST or size + step >= cpu.LARGEST:
         raise BadInput(0, x.size, "too large: its reconstruction could overflow float32")
     return step
 

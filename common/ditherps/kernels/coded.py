@@ -537,7 +537,7 @@ def check_chunk(data: NDArray[np.uint8], count: Int, largest_step: float, work: 
     at = HEAD + size + 4 * lanes + 2 * words
     tiles = (count + TILE - 1) // TILE
     rows = work.parameters
-    if at > data.size or lanes not in (0, 1, LANES):
+    if at > data.size or words > work.words.size or lanes not in (0, 1, LANES):
         return False
     model = data[HEAD : HEAD + size]
     if data[3] == EXPLICIT:

@@ -157,14 +157,23 @@ def bucket_step(
         return np.float32(-1.0)
     if largest == 0:
         return np.float32(0.0)
+    word_bits[0] = largest
+    size = np.float64(word[0])
     if scheme.rule == RMS_RULE:
         exact = np.sqrt(sum_of_squares(x, lo, hi, sums) / (hi - lo)) * factor
     elif scheme.rule == L2_RULE:
         exact = np.sqrt(sum_of_squares(x, lo, hi, sums)) / factor
     else:
-        word_bits[0] = largest
-        exact = np.float64(word[0]) / factor
-    return rounded_up(exact, 0.5 * scheme.half + 1.0)
+        exact = size / factor
+    if scheme.escape and size + exact >= LARGEST:
+        return np.float32(-1.0)
+    return rounded_up(exact, farthest(scheme))
+
+
+@kernel
+def farthest(scheme: Scheme) -> float:
+    """Steps beyond what any digit stands for, that of escapes included: so many must be finite as float32."""
+    return 0.5 * scheme.half + 1.0 + scheme.escape
 
 
 @kernel
@@ -205,7 +214,7 @@ def index_tiles(steps: NDArray[np.float32], n: int, scheme: Scheme, table: NDArr
     `table[i]` is the offset of bucket i's first tile, or of tile i where buckets are smaller than a tile. A tile whose
     buckets are all zero takes nothing.
     """
-    limit = LARGEST / (0.5 * scheme.half + 1.0)
+    limit = LARGEST / farthest(scheme)
     for step in steps:
         if not (step == 0.0 or (step >= SMALLEST_STEP and step <= limit)):
             return -1
@@ -228,14 +237,7 @@ def index_tiles(steps: NDArray[np.float32], n: int, scheme: Scheme, table: NDArr
 
 
 @kernel
-def index_escapes(
-    sizes: NDArray[np.uint16],
-    data: NDArray[np.uint8],
-    steps: NDArray[np.float32],
-    n: int,
-    scheme: Scheme,
-    offsets: NDArray[np.int64],
-) -> bool:
+def index_escapes(sizes: NDArray[np.uint16], data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> bool:
     """Find where the escapes of each tile begin, `offsets[tiles]` the end of the last; whether all is well-formed."""
     at: Int = np.int64(0)
     for tile in range(sizes.size):
@@ -243,11 +245,7 @@ def index_escapes(
         at += np.int64(sizes[tile])
         if at > data.size:
             return False
-        step = 0.0
-        lo = tile * TILE
-        for s in range(lo, min(lo + TILE, n), min(scheme.bucket, TILE)):
-            step = max(step, np.float64(steps[s // scheme.bucket]))
-        if not check_escapes(data, offsets[tile], at, scheme.half, step):
+        if not check_escapes(data, offsets[tile], at):
             return False
     offsets[sizes.size] = at
     return at == data.size
@@ -345,7 +343,7 @@ def put_escapes(
         if digits[digit + i] == half + 1:
             u = (np.float64(lanes[lane + i]) + 0.5) / 65536.0
             exact = np.floor(np.float64(x[lo + i]) / step + (u + 0.5 * half))
-            at = put_escape(exact, half, step, np.int64(bits[lo + i]) & 0xFFFFFFFF, out, at)
+            at = put_escape(exact, half, np.int64(bits[lo + i]) & 0xFFFFFFFF, out, at)
     return at
 
 
@@ -506,13 +504,13 @@ def add_escapes(
 ) -> Int:
     """Put what the escaped coordinates should be where `keep_escaped` found them; return the next nibble.
 
-    The lane of into[i] is `lanes[i + shift]`.
+    The lane of into[i] is `lanes[i + shift]`. Values are cut at the largest float32, which only a forger exceeds.
     """
     for place in range(found):
         at = work.places[place]
         index, raw, nibble = get_escape(data, nibble, half)
         u = subtract * ((np.float64(lanes[at + shift]) + 0.5) / 65536.0 - 0.5)
-        value = np.float32((np.float64(index) - 0.5 * half - u) * step)
+        value = np.float32(min(max((np.float64(index) - 0.5 * half - u) * step, -LARGEST), LARGEST))
         if raw != NOT_RAW:
             work.word_bits[0] = np.int32(raw)
             value = work.word[0]

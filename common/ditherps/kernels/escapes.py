@@ -14,7 +14,7 @@ from ditherps.kernels.jit import Int, kernel
 MOST_NIBBLES = 11  # of a number below 2^33
 ESCAPE_NIBBLES = 12  # at most, of an index outside the alphabet
 NOT_RAW = -1
-_LARGEST = 3.4028234663852886e38  # of float32
+FARTHEST = 2147483646.0  # distance beyond the alphabet that is still sent as one
 
 
 @kernel
@@ -68,7 +68,7 @@ def get_number(data: NDArray[np.uint8], at: Int) -> tuple[Int, Int]:
 
 
 @kernel
-def put_escape(exact: float, half: int, step: float, bits: Int, out: NDArray[np.uint8], at: Int) -> Int:
+def put_escape(exact: float, half: int, bits: Int, out: NDArray[np.uint8], at: Int) -> Int:
     """Write a digit outside 0 .. 2M (2M = `half`): how far outside, or the coordinate's own 32 bits where that is far.
 
     The number is 0 before 32 bits as eight nibbles, else 1 + 2 (distance - 1) + (1 above the alphabet, 0 below).
@@ -76,7 +76,7 @@ def put_escape(exact: float, half: int, step: float, bits: Int, out: NDArray[np.
     """
     above = exact > 0.5 * half
     distance = max(exact - half if above else -exact, 1.0)
-    if distance > 2147483646.0 or (distance + half + 2.0) * step > _LARGEST:
+    if distance > FARTHEST:
         at = put_number(np.int64(0), out, at)
         for group in range(8):
             at = put_nibble((bits >> (4 * group)) & 15, out, at)
@@ -99,15 +99,15 @@ def get_escape(data: NDArray[np.uint8], at: Int, half: int) -> tuple[Int, Int, I
 
 
 @kernel
-def check_escapes(data: NDArray[np.uint8], lo: Int, hi: Int, half: int, step: float) -> bool:
-    """Whether all escapes in bytes lo .. hi of a tile decode to finite values under steps up to `step`."""
+def check_escapes(data: NDArray[np.uint8], lo: Int, hi: Int) -> bool:
+    """Whether all escapes in bytes lo .. hi of a tile are distances up to `FARTHEST` or finite values."""
     part = data[:hi]
     at = 2 * lo
     while at < 2 * hi:
-        digit, bits, at = get_escape(part, at, half)
+        digit, bits, at = get_escape(part, at, 0)
         if bits != NOT_RAW:
             if bits & 0x7F800000 == 0x7F800000:
                 return False
-        elif np.abs(digit) > 1 << 32 or (np.abs(np.float64(digit)) + half + 2.0) * step > _LARGEST:
+        elif np.abs(digit) > FARTHEST:
             return False
     return True
