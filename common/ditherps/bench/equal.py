@@ -73,6 +73,9 @@ it is."""
 _WAYS: Final = {"qsgd": ("step=max", "step=l2", "step=rms"), "terngrad": ("", "clip=0")}
 """Codecs that are listed in several ways: QSGD with each norm, TernGrad biased by its clipping and without."""
 
+_BESIDE: Final = ("dqsg:coder=rans,reconstruct=matched",)
+"""Listed beside the ways and coders of all codecs."""
+
 
 def run(
     nmse: float,
@@ -116,7 +119,7 @@ def run(
 
 def default_specs() -> list[str]:
     """Every codec that loses something and needs no side information, once for each of its coders; no bare wrappers."""
-    specs = []
+    specs = list(_BESIDE)
     for name in codec_names():
         used = parse(name)
         if used.needs_side_information or name == "none" or (hasattr(used, "inner") and name not in KNOBS):

@@ -17,22 +17,10 @@ from ditherps.dither import Address
 from ditherps.errors import PayloadError, Reason
 from ditherps.kernels import cpu
 from ditherps.kernels.alphabets import Alphabet, alphabet
-from ditherps.kernels.coded import (
-    CHUNK,
-    CODED,
-    EXPLICIT,
-    HEAD,
-    PACKED,
-    PLAIN,
-    REACH,
-    accumulate_chunk,
-    accumulate_packed,
-    check_chunk,
-    coder,
-    encode_chunk,
-    pack_chunk,
-    prefers_explicit,
-)
+from ditherps.kernels.chunk_decoder import accumulate_chunk, accumulate_packed, check_chunk
+from ditherps.kernels.chunk_encoder import encode_chunk, gather_explicit, pack_chunk, prefers_explicit
+from ditherps.kernels.coder import CHUNK, CODED, EXPLICIT, HEAD, PACKED, PLAIN, REACH, coder
+from ditherps.kernels.jit import Int
 from ditherps.kernels.philox import TILE, Stream
 
 _LARGEST_STEP = cpu.LARGEST / REACH
@@ -143,15 +131,18 @@ class CodedLayout:
     ) -> Bytes:
         """The bytes of one chunk, in the form that takes the fewest."""
         work = coder()
-        out = work.out
-        size = int(encode_chunk(x, lo, hi, stream, bucket, steps, self._subtract, False, work, out))
+        out, where = work.out, (x, lo, hi, stream, bucket, steps, self._subtract)
+        plan: tuple[bool, Int, Int] = False, 0, 0
+        size = int(encode_chunk(*where, *plan, work, out))
         reach = int(work.reach[0])
         # A matched reconstruction must not depend on the dither, and so its models neither.
-        if not self._matched and prefers_explicit(x, lo, hi, bucket, steps, self._subtract, work)[0]:
-            other = np.empty_like(out)
-            found = int(encode_chunk(x, lo, hi, stream, bucket, steps, self._subtract, True, work, other))
-            if found > 0 and (found < size or size < 0):
-                out, size = other, found
+        if not self._matched:
+            plan = prefers_explicit(x, lo, hi, bucket, steps, self._subtract, work)
+            if plan[0] and gather_explicit(*where, *plan[1:], work):
+                other = np.empty_like(out)
+                found = int(encode_chunk(*where, *plan, work, other))
+                if found > 0 and (found < size or size < 0):
+                    out, size = other, found
         if 0 < reach <= MAX_LEVELS and not (self._matched and size > 0):
             form = alphabet(2 * reach + 1)
             packed = _packed_nbytes(form, hi - lo)

@@ -16,7 +16,7 @@ from ditherps.codecs.steps import StepOptions, packed_bits
 from ditherps.dither import TILE
 from ditherps.entropy.family import SCALES, SCALES_PER_OCTAVE, SHAPES, SPIKES, family, logarithms, root
 from ditherps.kernels import cpu
-from ditherps.kernels.coded import CHUNK, HEAD
+from ditherps.kernels.coder import CHUNK, HEAD, REACH
 from ditherps.kernels.rans import LANES
 from ditherps.kernels.statistics import MAGNITUDE_BITS, MAGNITUDES, count_magnitudes, fit_tiles, model_bits
 from ditherps.kernels.tables import CELLS, ENTRIES
@@ -51,7 +51,8 @@ def step_for_bits(x: NDArray[np.float32], options: StepOptions, *, subtract: boo
         low, high = (middle, high) if cost(middle) > (options.bits or 0.0) else (low, middle)
     step = float(cpu.rounded_up(rms * _power(high), 1.0))
     size = float(np.array(largest, np.int32).view(np.float32))
-    if step * 2.0**20 >= cpu.LARGEST or size + step >= cpu.LARGEST:
+    reach = REACH if options.coder == "rans" else (options.levels or 0.5) + 2.0
+    if step * reach >= cpu.LARGEST or size + step >= cpu.LARGEST:
         raise BadInput(0, x.size, "too large: its reconstruction could overflow float32")
     return step
 

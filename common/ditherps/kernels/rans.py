@@ -260,3 +260,26 @@ def get_symbols(
         states[lane] = x
         cells[i] = np.uint16(cell)
     return np.int64(next_)
+
+
+@kernel
+def get_low_bits(
+    bits: Int, count: Int, states: NDArray[np.uint64], words: NDArray[np.uint16], first: Int, lows: NDArray[np.uint16]
+) -> Int:
+    """Decode uniform symbols of `bits` bits; return the position of the next word. As `get_symbols` otherwise."""
+    down = np.uint64(12 - bits)
+    mask = (np.uint64(1) << down) - np.uint64(1)
+    next_ = first
+    for i in range(count):
+        lane = i % states.size
+        x = states[lane]
+        slot = x & np.uint64(SLOTS - 1)
+        lows[i] = np.uint16(slot >> down)
+        x = ((x >> np.uint64(12)) << down) + (slot & mask)
+        if x < np.uint64(LOWEST):
+            x <<= np.uint64(16)
+            if next_ < words.size:
+                x |= np.uint64(words[next_])
+                next_ += 1
+        states[lane] = x
+    return next_

@@ -1,0 +1,307 @@
+"""Encoding of chunks: quantization, models and rANS, tile by tile through L1 buffers (proto/FORMAT.md, "Chunks").
+
+A chunk of `CHUNK` coordinates stands alone: its models, the coder's states and words, and its escapes are together.
+Tiles are encoded last to first, since the coder walks backwards.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditherps.kernels.alphabets import Alphabet, digits_nbytes, pack_digits
+from ditherps.kernels.coder import CODED, EXPLICIT, HEAD, PACKED, Coder, use_explicit, use_low_bits, use_model
+from ditherps.kernels.cpu import Workspace
+from ditherps.kernels.escapes import folded, put_number
+from ditherps.kernels.explicit import put_table, share_slots
+from ditherps.kernels.indices import index_part, quantize_tile
+from ditherps.kernels.jit import Int, kernel
+from ditherps.kernels.parameters import ZERO_SHAPE, put_parameters
+from ditherps.kernels.philox import TILE, Stream, fill_lanes
+from ditherps.kernels.rans import LANES, LOWEST, PAD, SLOT_BITS, put_symbols
+from ditherps.kernels.tables import (
+    CELLS,
+    ENTRIES,
+    fit,
+)
+
+SMALL = 8192  # coordinates of a chunk below which one state is cheaper than sixteen
+MOST_MODEL_BYTES = 2048  # of parameters (57 bits a tile) or a table (41 bits a cell, and a bit a tile)
+GAIN = 0.9  # of the bits under the family's model, below which an explicit one is worth its table
+FIT_BITS = 1.5  # that a cell's own count seems to save in its sample, and does not
+ESCAPE_BITS = 10  # about what an escape takes beside its symbol
+
+
+@kernel
+def place_symbols(count: Int, class_bits: Int, low_bits: Int, bound: Int, work: Coder) -> Int:
+    """places[:count] of the tile's indices under its model, and lows; returns how many are escapes."""
+    half, classes = np.int32((CELLS // 2) >> class_bits), np.int32(1 << class_bits)
+    lowest, highest = np.int32(bound), np.int32(CELLS + 1 - classes - bound)
+    indices, lanes, places, lows = work.indices[:count], work.lanes[:count], work.places[:count], work.lows[:count]
+    if low_bits:
+        mask = np.int32((1 << low_bits) - 1)
+        for i in range(count):
+            lows[i] = np.uint16(indices[i] & mask)
+            work.highs[i] = np.int32(indices[i] >> low_bits)
+        indices = work.highs[:count]
+    escaped = np.int32(0)
+    for i in range(count):
+        # Shifts by a constant: numba widens others to 64 bits, and half of the vector unit is lost.
+        shift = np.int32(np.int32(np.int32(lanes[i]) * classes) >> 16)
+        index = indices[i]
+        index = np.int32(-half) if index < -half else index
+        index = half if index > half else index
+        begin = np.int32(np.int32(np.int32(index + half) * classes) - shift)
+        inside = (begin > lowest) & (begin < highest)
+        escaped = np.int32(escaped + np.int32(inside))
+        places[i] = np.uint16(np.int32((begin if inside else np.int32(-shift)) + np.int32(PAD)))
+    escaped = np.int32(count) - escaped
+    return np.int64(escaped)
+
+
+@kernel
+def escape_the_rare(count: Int, class_bits: Int, work: Coder) -> Int:
+    """Make escapes of the symbols that have no slot, as an explicit model may leave some; how many there are now."""
+    escaped: Int = np.int64(0)
+    classes = np.int32(1 << class_bits)
+    for i in range(count):
+        if work.entries[work.places[i]] >> 16 == 0:
+            work.places[i] = np.uint16(PAD - (np.int32(np.int32(work.lanes[i]) * classes) >> 16))
+        escaped += work.places[i] <= PAD
+    return escaped
+
+
+@kernel
+def count_cells(count: Int, class_bits: Int, low_bits: Int, dithered: bool, work: Coder) -> None:
+    """Add the tile's values to `counts`: the cell of x / step where a dither class is known, else the index's."""
+    classes = np.int64(1) << class_bits
+    fine = dithered and low_bits == 0
+    for i in range(count):
+        if fine:
+            cell = np.int64(np.floor(np.float64(work.scaled[i]) * 2.0**-16 * classes + 0.5))
+        else:
+            cell = np.int64(work.indices[i] >> low_bits)
+        cell += CELLS // 2
+        if classes <= cell <= CELLS - classes:
+            work.counts[cell] += 1
+
+
+@kernel
+def cost_of_places(count: Int, work: Coder) -> float:
+    """Bits of the tile's symbols under the entries."""
+    used = work.used
+    used[:] = 0
+    for i in range(count):
+        used[work.places[i]] += 1
+    bits = 0.0
+    for place in range(ENTRIES):
+        if used[place]:
+            freq = work.entries[place] >> 16
+            bits += used[place] * (SLOT_BITS - work.logarithms[freq])
+            if place <= PAD:
+                bits += ESCAPE_BITS * used[place]
+    return bits
+
+
+@kernel
+def prefers_explicit(
+    x: NDArray[np.float32], lo: Int, hi: Int, bucket: Int, steps: NDArray[np.float32], dithered: bool, work: Coder
+) -> tuple[bool, Int, Int]:
+    """Whether an explicit model codes the middle tile of the chunk x[lo:hi] in clearly fewer bits; the model's bits.
+
+    It may still cost more for the whole chunk, whose tiles need not resemble each other.
+    """
+    refused = False, np.int64(0), np.int64(0)
+    lo += (hi - lo) // TILE // 2 * TILE
+    hi = min(lo + TILE, hi)
+    count = hi - lo
+    for i in range(count):
+        work.lanes[i] = np.uint16(i * 40503)  # evenly spread
+    total, squares, nonzero, fits = quantize_tile(x, lo, hi, bucket, steps, work)
+    if not fits or nonzero == 0 or not squares > 0.0:
+        return refused
+    row = work.parameters[0]
+    fit(count, nonzero, total, squares, row, np.full(3, -1, np.int64), work.family)
+    class_bits, low_bits, bound = use_model(row, dithered, False, work)
+    place_symbols(count, class_bits, low_bits, bound, work)
+    family_bits = cost_of_places(count, work)
+    work.counts[:] = 0
+    count_cells(count, class_bits, low_bits, bool(dithered and bucket >= TILE), work)
+    if work.counts.sum() == 0:
+        return refused
+    share_slots(work.counts, work.slots)
+    use_explicit(class_bits, False, work)
+    place_symbols(count, class_bits, low_bits, (np.int64(1) << class_bits) - 1, work)
+    escape_the_rare(count, class_bits, work)
+    cells: Int = np.int64(0)
+    for cell in range(CELLS):
+        cells += work.slots[cell] > 0
+    explicit_bits = cost_of_places(count, work) + FIT_BITS * cells
+    return explicit_bits < GAIN * family_bits, class_bits, low_bits
+
+
+@kernel
+def gather_explicit(
+    x: NDArray[np.float32],
+    lo: Int,
+    hi: Int,
+    stream: Stream,
+    bucket: Int,
+    steps: NDArray[np.float32],
+    dithered: bool,
+    class_bits: Int,
+    low_bits: Int,
+    work: Coder,
+) -> bool:
+    """Fill the tables with the explicit model of the chunk x[lo:hi]; False where there is none."""
+    work.counts[:] = 0
+    for begin in range(lo, hi, TILE):
+        end = min(begin + TILE, hi)
+        fill_lanes(stream, begin, end - begin, work.lanes, work.scratch, x, end)
+        _, squares, _, fits = quantize_tile(x, begin, end, bucket, steps, work)
+        if not fits:
+            return False
+        if squares > 0.0:
+            count_cells(end - begin, class_bits, low_bits, bool(dithered and bucket >= TILE), work)
+    if work.counts.sum() == 0:
+        return False
+    share_slots(work.counts, work.slots)
+    if work.slots.min() < 0:
+        return False
+    use_explicit(class_bits, False, work)
+    return True
+
+
+@kernel
+def put_head(size: Int, lanes: Int, form: Int, count: Int, out: NDArray[np.uint8]) -> None:
+    """Write a chunk's first bytes: u16, u8, u8, u32."""
+    for place, value in ((0, size), (1, size >> 8), (2, lanes), (3, form)):
+        out[place] = np.uint8(value)
+    for byte in range(4):
+        out[4 + byte] = np.uint8(count >> (8 * byte))
+
+
+@kernel
+def pack_chunk(
+    x: NDArray[np.float32],
+    lo: Int,
+    hi: Int,
+    stream: Stream,
+    bucket: Int,
+    steps: NDArray[np.float32],
+    form: Alphabet,
+    reach: Int,
+    work: Coder,
+    tile_work: Workspace,
+    out: NDArray[np.uint8],
+) -> Int:
+    """Write x[lo:hi], whose indices lie within `reach`, to `out` as a packed chunk; return the bytes."""
+    put_head(reach, np.int64(0), PACKED, np.int64(0), out)
+    at = np.int64(HEAD)
+    digits, spare = tile_work.digits, tile_work.spare
+    for begin in range(lo, hi, TILE):
+        end = min(begin + TILE, hi)
+        count = end - begin
+        fill_lanes(stream, begin, count, work.lanes, work.scratch, x, end)
+        for s in range(begin, end, min(bucket, TILE)):
+            index_part(x, s, min(s + min(bucket, TILE), end), np.float64(steps[s // bucket]), s - begin, work)
+        for i in range(count):
+            digits[i] = np.uint16(work.indices[i] + reach)
+        pack_digits(form, digits, count, spare, tile_work.fields, tile_work.wide, out, at)
+        at += digits_nbytes(form, count)
+    return at
+
+
+@kernel
+def encode_chunk(
+    x: NDArray[np.float32],
+    lo: Int,
+    hi: Int,
+    stream: Stream,
+    bucket: Int,
+    steps: NDArray[np.float32],
+    dithered: bool,
+    explicit: bool,
+    class_bits: Int,
+    low_bits: Int,
+    work: Coder,
+    out: NDArray[np.uint8],
+) -> Int:
+    """Write x[lo:hi] to `out`; return the bytes, or -1 where they would not fit or an index is too large.
+
+    Under a model for each tile, or where `explicit` under the one that `gather_explicit` left, with these bits. `reach`
+    becomes the largest |index|.
+    """
+    work.reach[0] = 0
+    states = work.states if hi - lo >= SMALL else work.one_state
+    states[:] = np.uint64(LOWEST)
+    words, rows = work.words, work.parameters
+    top: Int = np.int64(words.size)
+    tail: Int = np.int64(work.escapes.size)
+    tiles = (hi - lo + TILE - 1) // TILE
+    room = out.size - HEAD - 4 * LANES - MOST_MODEL_BYTES
+    any_symbols = False
+    last = np.full(3, -1, np.int64)
+    for tile in range(tiles - 1, -1, -1):
+        begin = lo + tile * TILE
+        end = min(begin + TILE, hi)
+        count = end - begin
+        fill_lanes(stream, begin, count, work.lanes, work.scratch, x, max(begin - TILE, 0))
+        total, squares, nonzero, fits = quantize_tile(x, begin, end, bucket, steps, work)
+        if not fits:
+            return -1
+        row = rows[tile]
+        if nonzero == 0 or not squares > 0.0:
+            row[1] = ZERO_SHAPE
+            continue
+        any_symbols = True
+        if explicit:
+            row[1] = 0
+            place_symbols(count, class_bits, low_bits, (np.int64(1) << class_bits) - 1, work)
+            escaped = escape_the_rare(count, class_bits, work)
+        else:
+            fit(count, nonzero, total, squares, row, last, work.family)
+            last = row
+            class_bits, low_bits, bound = use_model(row, dithered, False, work)
+            escaped = place_symbols(count, class_bits, low_bits, bound, work)
+        if escaped:
+            down = 16 - class_bits
+            at: Int = np.int64(0)
+            for i in range(count):
+                if np.int64(work.places[i]) == PAD - (np.int64(work.lanes[i]) >> down):
+                    at = put_number(folded(np.int64(work.indices[i])), work.nibbles, at)
+            size = (at + 1) >> 1
+            tail -= size
+            for byte in range(size):
+                work.escapes[tail + byte] = work.nibbles[byte]
+        if low_bits:
+            use_low_bits(low_bits, work.low_entries, work.low_reciprocals)
+            top = put_symbols(work.lows, count, work.low_entries, work.low_reciprocals, states, words, top)
+        top = put_symbols(work.places, count, work.entries, work.reciprocals, states, words, top)
+        if 2 * (words.size - top) + work.escapes.size - tail > room:
+            return -1
+    if explicit:
+        size = put_table(class_bits, low_bits, work.slots, rows, tiles, out[HEAD:])
+    else:
+        for tile in range(tiles):
+            if rows[tile, 1] == ZERO_SHAPE:  # the others as before: that costs least
+                rows[tile, 0] = rows[tile - 1, 0] if tile else 0
+                rows[tile, 2] = rows[tile - 1, 2] if tile else 0
+        size = put_parameters(rows, tiles, out[HEAD:])
+    lanes = states.size if any_symbols else 0
+    count = words.size - top
+    put_head(size, lanes, np.int64(EXPLICIT if explicit else CODED), count, out)
+    at = np.int64(HEAD + size)
+    for lane in range(lanes):
+        for byte in range(4):
+            out[at] = np.uint8(states[lane] >> np.uint64(8 * byte))
+            at += 1
+    target = out[at:]
+    for i in range(count):
+        target[2 * i] = np.uint8(words[top + i])
+        target[2 * i + 1] = np.uint8(words[top + i] >> 8)
+    at += 2 * count
+    for i in range(tail, work.escapes.size):
+        out[at] = work.escapes[i]
+        at += 1
+    return at

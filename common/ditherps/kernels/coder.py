@@ -1,0 +1,154 @@
+"""What one thread needs to code chunks: its buffers, and the tables of the model in use (proto/FORMAT.md, "Chunks")."""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditherps.entropy.family import Family, family, logarithms
+from ditherps.kernels.explicit import fill_from_slots
+from ditherps.kernels.jit import Int, kernel
+from ditherps.kernels.philox import TILE
+from ditherps.kernels.rans import LANES, SLOTS
+from ditherps.kernels.tables import (
+    CELLS,
+    ENTRIES,
+    FILL,
+    OFFSETS,
+    fill_cumulative,
+    fill_entries,
+    fill_nearest,
+    fill_offsets,
+    fill_reciprocals,
+    resolution_of,
+)
+
+CHUNK_TILES = 64
+CHUNK = CHUNK_TILES * TILE
+HEAD = 8  # bytes before the rest of a chunk
+CODED, PACKED, PLAIN, EXPLICIT = 0, 1, 2, 3  # forms of a chunk
+REACH = 2.0 ** (20)  # steps that every chunk must be able to hold as float32
+ROW = 64
+
+
+class Coder(NamedTuple):
+    """What one thread needs to code chunks: buffers of a tile, and room for the words and escapes of a chunk."""
+
+    family: Family
+    lanes: NDArray[np.uint16]
+    scratch: NDArray[np.uint16]
+    scaled: NDArray[np.float32]
+    sums: NDArray[np.float32]
+    indices: NDArray[np.int32]
+    classes: NDArray[np.uint8]
+    places: NDArray[np.uint16]
+    lows: NDArray[np.uint16]
+    highs: NDArray[np.int32]
+    parameters: NDArray[np.int64]
+    cumulative: NDArray[np.int64]
+    entries: NDArray[np.uint32]
+    reciprocals: NDArray[np.uint64]
+    nearest: NDArray[np.uint8]
+    offsets: NDArray[np.int32]
+    low_entries: NDArray[np.uint32]
+    low_reciprocals: NDArray[np.uint64]
+    states: NDArray[np.uint64]
+    one_state: NDArray[np.uint64]
+    words: NDArray[np.uint16]
+    nibbles: NDArray[np.uint8]
+    escapes: NDArray[np.uint8]
+    model: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    used: NDArray[np.int64]
+    logarithms: NDArray[np.float64]
+    reach: NDArray[np.int64]
+    out: NDArray[np.uint8]
+
+
+_local = threading.local()
+
+
+def coder() -> Coder:
+    """This thread's buffers."""
+    try:
+        found: Coder = _local.coder
+    except AttributeError:
+        found = _local.coder = Coder(
+            family=family(),
+            lanes=np.empty(TILE, np.uint16),
+            scratch=np.empty(TILE, np.uint16),
+            scaled=np.empty(TILE, np.float32),
+            sums=np.empty(2 * ROW, np.float32),
+            indices=np.empty(TILE, np.int32),
+            classes=np.empty(TILE, np.uint8),
+            places=np.empty(TILE, np.uint16),
+            lows=np.empty(TILE, np.uint16),
+            highs=np.empty(TILE, np.int32),
+            parameters=np.empty((CHUNK_TILES, 3), np.int64),
+            cumulative=np.empty(CELLS + 2, np.int64),
+            entries=np.empty(ENTRIES, np.uint32),
+            reciprocals=np.empty(ENTRIES, np.uint64),
+            nearest=np.empty(SLOTS + FILL, np.uint8),
+            offsets=np.empty(OFFSETS, np.int32),
+            low_entries=np.empty(SLOTS, np.uint32),
+            low_reciprocals=np.empty(SLOTS, np.uint64),
+            states=np.empty(LANES, np.uint64),
+            one_state=np.empty(1, np.uint64),
+            words=np.empty(2 * CHUNK + 2 * LANES, np.uint16),
+            nibbles=np.empty(6 * TILE, np.uint8),
+            escapes=np.empty(6 * CHUNK, np.uint8),
+            model=np.full(4, -1, np.int64),
+            slots=np.empty(CELLS, np.int64),
+            counts=np.empty(CELLS, np.int64),
+            used=np.empty(ENTRIES, np.int64),
+            logarithms=logarithms(),
+            reach=np.zeros(1, np.int64),
+            out=np.empty(HEAD + 4 * CHUNK, np.uint8),
+        )
+    return found
+
+
+@kernel
+def use_model(row: NDArray[np.int64], dithered: bool, decoding: bool, work: Coder) -> tuple[Int, Int, Int]:
+    """Fill the tables of a tile's parameters where they are not those of the last; (class bits, low bits, bound)."""
+    scale, shape, spike = row
+    class_bits, low_bits = resolution_of(scale, shape, dithered, work.family)
+    key = scale | shape << 8 | spike << 12 | np.int64(dithered) << 20
+    model = work.model
+    if model[0] != key:
+        model[1] = fill_cumulative(scale, shape, spike, class_bits, low_bits, dithered, work.family, work.cumulative)
+        fill_entries(work.cumulative, class_bits, work.entries)
+        model[0] = key
+    if decoding and model[2] != key:
+        fill_nearest(work.cumulative, work.nearest)
+        fill_offsets(scale, shape, spike, class_bits, work.family, work.offsets)
+        model[2] = key
+    elif not decoding and model[3] != key:
+        fill_reciprocals(work.entries, work.reciprocals)
+        model[3] = key
+    return class_bits, low_bits, model[1]
+
+
+@kernel
+def use_explicit(class_bits: Int, decoding: bool, work: Coder) -> None:
+    """Fill the tables from `slots`; those of the next tile with parameters are then made anew."""
+    fill_from_slots(work.slots, work.cumulative)
+    fill_entries(work.cumulative, class_bits, work.entries)
+    if decoding:
+        fill_nearest(work.cumulative, work.nearest)
+    else:
+        fill_reciprocals(work.entries, work.reciprocals)
+    work.model[:] = -1
+
+
+@kernel
+def use_low_bits(bits: Int, entries: NDArray[np.uint32], reciprocals: NDArray[np.uint64]) -> None:
+    """Entries of uniform symbols of that many bits."""
+    freq = np.int64(SLOTS) >> bits
+    for value in range(np.int64(1) << bits):
+        entries[value] = np.uint32(value * freq | freq << 16)
+        reciprocals[value] = np.uint64((np.int64(1) << 43) // freq)
