@@ -14,8 +14,11 @@ from torch import Tensor
 
 from ditherps import Address, Context, Domain, Encoded, codec
 from ditherps.codecs import Codec, codec_names
-from ditherps.codecs.base import HEADER, TAGS, Header, header_check
-from ditherps.errors import ContextMismatchError, PayloadError, Reason
+from ditherps.codecs.base import HEADER, TAGS, Header, checksum, header_check
+from ditherps.codecs.coded import CodedLayout
+from ditherps.errors import ContextMismatchError, EncodingError, PayloadError, Reason
+from ditherps.kernels import reference
+from ditherps.kernels.coder import CHUNK
 
 ADDRESS = Address(seed=1, round=2, sender=3, domain=Domain.UPDATE)
 CODECS: list[tuple[str, dict[str, Any]]] = [
@@ -24,7 +27,21 @@ CODECS: list[tuple[str, dict[str, Any]]] = [
     ("dqsg", {}),
     ("dqsg", {"levels": 3, "bucket": 64}),
     ("dqsg", {"step": "rms", "levels": 1, "bucket": 0}),
+    ("dqsg", {"nmse": 0.01, "levels": 1, "bucket": 64}),
+    ("dqsg", {"levels": 300}),
+    ("dqsg", {"coder": "rans"}),
+    ("dqsg", {"coder": "rans", "reconstruct": "matched", "resolution": 2}),
+    ("dqsg", {"coder": "rans", "bits": 2.5}),
+    ("dqsg", {"coder": "rans", "step": "max", "levels": 1, "bucket": 64}),
+    ("dqsg", {"coder": "rans", "resolution": 1e-6}),
     ("ndqsg", {}),
+    ("qsgd", {}),
+    ("qsgd", {"step": "l2", "levels": 4, "bucket": 128}),
+    ("qsgd", {"coder": "rans", "nmse": 0.1}),
+    ("terngrad", {}),
+    ("terngrad", {"clip": 0, "coder": "rans"}),
+    ("maxnorm", {"bits": 8}),
+    ("maxnorm", {"bits": 4, "coder": "rans"}),
     ("scaled", {"inner": "dqsg:levels=1,bucket=64"}),
     ("rotated", {"inner": "dqsg:levels=7", "block": 4096}),
     ("eden", {"bits": 1, "block": 4096}),
@@ -39,6 +56,9 @@ CODECS: list[tuple[str, dict[str, Any]]] = [
     ("topk", {"fraction": 0.3, "values": "bf16"}),
     ("randk", {}),
     ("randk", {"fraction": 0.3, "values": "bf16"}),
+    ("tensors", {}),
+    ("tensors", {"sizes": "10+2000+20+70+1500"}),
+    ("tensors", {"inner": "dqsg:nmse=0.1,coder=rans", "sizes": "300+1100+200"}),
     ("globalrandk", {}),
     ("globalrandk", {"fraction": 0.3, "bits": 2}),
     ("globalrandk", {"coordinates": 100, "bits": 0}),
@@ -50,13 +70,31 @@ def gaussian(n: int) -> Tensor:
 
 
 def sealed(used: Codec, payload: bytes | bytearray) -> bytes:
-    """The payload with the checksum that belongs to it: what a hostile sender would write."""
+    """The payload with the checksums that belong to it: what a hostile sender would write."""
+    payload = _chunks_sealed(used, payload)
     try:
         covered = used._sealed_bytes(Encoded.from_bytes(payload))
     except PayloadError:
         covered = len(payload)
     check = header_check(np.frombuffer(payload, np.uint8), covered)
     return bytes(payload[: HEADER.size - 4]) + check.to_bytes(4, "little") + bytes(payload[HEADER.size :])
+
+
+def _chunks_sealed(used: Codec, payload: bytes | bytearray) -> bytes:
+    """With the checksums of its chunks, as far as its directory describes chunks that are there."""
+    out = bytearray(payload)
+    layout = getattr(used, "_layout", None)
+    if not isinstance(layout, CodedLayout) or len(out) < HEADER.size:
+        return bytes(out)
+    n = Header(*HEADER.unpack_from(out)).coordinates
+    at = begin = layout._front(n)
+    for entry in range(begin - 8 * -(-n // CHUNK), begin, 8):
+        if at > len(out):
+            break
+        size = int.from_bytes(out[entry : entry + 4], "little")
+        out[entry + 4 : entry + 8] = checksum(np.frombuffer(bytes(out[at : at + size]), np.uint8)).to_bytes(4, "little")
+        at += size
+    return bytes(out)
 
 
 def changed(used: Codec, encoded: Encoded, behind: bytes = b"", /, **fields: int) -> bytes:
@@ -194,43 +232,141 @@ def test_steps_out_of_range_are_refused(step: float) -> None:
         codec("dqsg").validate(Encoded.from_bytes(sealed(codec("dqsg"), payload)))
 
 
-EXCEPTIONS = [
-    b"\x00",  # no value
-    b"\x80",  # no end
-    b"\x80" * 10 + b"\x00\x00",  # too long
-    b"\x90\x4e\x00",  # coordinate 5000 of 100
-    b"\xc8\x01\x00",  # coordinate 100 of 100
-    b"\x00\xff\xff\xff\xff\x7f",  # index beyond int32
-    b"\x01\x00\x00\xc0\x7f",  # NaN
-    b"\x01\x00\x00\x00",  # short value
+def with_escapes(used: Codec, encoded: Encoded, size: int, escapes: bytes) -> Encoded:
+    """A payload of one tile without escapes, with these: `size` bytes of them, as its own section says."""
+    at = HEADER.size + 4
+    header = HEADER.pack(*encoded.header._replace(tail_bytes=len(escapes)))
+    body = encoded.to_bytes()
+    return Encoded.from_bytes(
+        sealed(used, header + body[HEADER.size : at] + size.to_bytes(2, "little") + body[at + 2 :] + escapes)
+    )
+
+
+def in_bytes(nibbles: list[int]) -> bytes:
+    return bytes(a | b << 4 for a, b in zip(nibbles[::2], [*nibbles[1::2], 0], strict=False))
+
+
+def raw(value: float) -> bytes:
+    bits = int(np.float32(value).view(np.uint32))
+    return in_bytes([0, *(bits >> (4 * group) & 15 for group in range(8))])
+
+
+ESCAPES = [
+    (2, b"\x11"),  # more announced than there are
+    (1, b"\x11\x11"),  # fewer
+    (0, b"\x11"),
+    (5, raw(float("nan"))),
+    (5, raw(float("inf"))),
+    (5, raw(-float("inf"))),
+    (6, in_bytes(reference._nibbles(2**32 - 3))),  # a distance beyond 2^31 - 2
+    (6, in_bytes(reference._nibbles(2**33 - 1))),
+    (6, b"\xff" * 6),  # no end
 ]
 
 
-@pytest.mark.parametrize("exceptions", EXCEPTIONS)
-def test_malformed_exceptions_are_refused(exceptions: bytes) -> None:
+@pytest.mark.parametrize(("size", "escapes"), ESCAPES)
+def test_malformed_escapes_are_refused(size: int, escapes: bytes) -> None:
     used = codec("dqsg", step="rms", levels=30)
     encoded = used.encode(gaussian(100), ADDRESS)
     assert encoded.header.tail_bytes == 0
-    payload = changed(used, encoded, exceptions, tail_bytes=len(exceptions))
-    with pytest.raises(PayloadError, match="exceptions"):
-        used.validate(Encoded.from_bytes(payload))
+    with pytest.raises(PayloadError, match="escapes"):
+        used.validate(with_escapes(used, encoded, size, escapes))
 
 
-def test_exceptions_where_there_are_none_are_refused() -> None:
-    for name in ("none", "dqsg", "ndqsg"):
-        used = codec(name)
+def test_the_longest_escapes_that_are_allowed_decode_to_finite_values() -> None:
+    """With the largest step distances are cut at the largest float32, and raw values stand for themselves."""
+    used = codec("dqsg", step="rms", levels=1, bucket=0)
+    n = 100
+    encoded = used.encode(torch.linspace(-1, 1, n), ADDRESS)
+    digits = reference.pack(np.full(n, 3), 4)
+    step = np.float32(np.finfo(np.float32).max / 3.001)
+    front = HEADER.pack(*encoded.header._replace(tail_bytes=0)) + step.tobytes() + b"\0\0"
+    bare = Encoded.from_bytes(sealed(used, front + digits))
+    # No escape was written for these digits: nothing is what they stand for.
+    assert torch.isfinite(used.decode(bare, ADDRESS)).all()
+    farthest = reference._nibbles(2**32 - 5) + reference._nibbles(2**32 - 4)
+    values = used.decode(with_escapes(used, bare, 11, in_bytes(farthest)), ADDRESS)
+    largest = float(np.finfo(np.float32).max)
+    assert values[:2].tolist() == [-largest, largest]
+    assert torch.isfinite(values).all()
+    assert used.decode(with_escapes(used, bare, 5, raw(-1e-45)), ADDRESS)[0] == np.float32(-1e-45)
+
+
+def test_escapes_where_there_are_none_are_refused() -> None:
+    for name, options in (("none", {}), ("dqsg", {}), ("ndqsg", {"step": "rms"}), ("qsgd", {}), ("maxnorm", {})):
+        used = codec(name, **options)
         encoded = used.encode(gaussian(100), ADDRESS)
         with pytest.raises(PayloadError):
-            used.validate(Encoded.from_bytes(changed(used, encoded, b"\x00\x00", tail_bytes=2)))
+            used.validate(Encoded.from_bytes(changed(used, encoded, b"\x11\x11", tail_bytes=2)))
 
 
-def test_the_bound_of_size_holds_for_the_worst_vectors() -> None:
-    used = codec("dqsg", step="rms", levels=1, resolution=0.1, bucket=0)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"step": "rms", "levels": 1, "resolution": 0.1, "bucket": 0},
+        {"step": "rms", "levels": 0.5, "resolution": 0.001, "bucket": 256},
+        {"step": "rms", "levels": 1, "resolution": 0.5, "bucket": 4096},
+        {"step": "rms", "levels": 1, "resolution": 2**-20, "bucket": 0},
+        {"nmse": 0.5, "levels": 2},
+        {"bits": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scale", [1e-44, 1e-3, 1.0, 1e37])
+def test_the_bound_of_size_holds_for_the_worst_vectors(options: dict[str, Any], scale: float) -> None:
+    used = codec("dqsg", **options)
     n = 20000
-    for spikes in (1, 10, 1000, n // 2, n):
+    for spikes in (1, 10, 1000, n // 4, n // 2, n):
         x = torch.full((n,), 1e-3)
         x[:: n // spikes] = 1.0
-        assert used.encode(x, ADDRESS).nbytes <= used.max_nbytes(n)
+        x *= scale
+        encoded = used.encode(x, ADDRESS)
+        assert encoded.nbytes <= used.max_nbytes(n)
+        used.validate(Encoded.from_bytes(encoded.to_bytes()), n)
+
+
+def test_values_next_to_the_largest_float_are_refused_or_decode() -> None:
+    """Nothing that an encoder writes may be refused by its decoder, or become infinite there."""
+    largest = float(np.finfo(np.float32).max)
+    accepted = 0
+    for resolution in (2.0**-20, 0.1, 0.5, 1.0, 3.0):
+        for levels in (0.5, 1, 3, 100):
+            for bucket in (0, 64, 2048):
+                used = codec("dqsg", step="rms", levels=levels, resolution=resolution, bucket=bucket)
+                for size in (largest, largest / 1.5, largest / 2.5, largest / 4, largest / 6, largest / 100):
+                    x = torch.full((4096,), size)
+                    x[:2000:7] = 0
+                    x[2048:2112] = 0
+                    x[2050] = 1e-3  # one spike in a bucket of zeros, beside buckets of large steps
+                    try:
+                        encoded = used.encode(x, ADDRESS)
+                    except EncodingError:
+                        continue
+                    accepted += 1
+                    assert encoded.nbytes <= used.max_nbytes(4096)
+                    used.validate(Encoded.from_bytes(encoded.to_bytes()), 4096)
+                    steps = np.repeat(
+                        encoded.data[HEADER.size :][: 4 * -(-4096 // (bucket or 4096))].view(np.float32), bucket or 4096
+                    )
+                    error = np.abs(used.decode(encoded, ADDRESS).double().numpy() - x.double().numpy())
+                    assert np.all(error <= steps * 0.5001 + x.numpy() * 2.0**-23)
+    assert accepted > 100
+
+
+def test_distances_beyond_32_bits_travel_as_values() -> None:
+    used = codec("dqsg", step="rms", levels=1, resolution=2.0**-20, bucket=0)
+    n = 1 << 24
+    x = torch.zeros(n)
+    x[n // 3] = -1.2345
+    encoded = used.encode(x, ADDRESS)
+    assert encoded.header.tail_bytes == 5
+    assert encoded.data[-5:].tobytes() == raw(-1.2345)
+    lo = n // 3 // 4096 * 4096
+    part = used.decode(encoded, ADDRESS, span=(lo, lo + 4096))
+    assert part[n // 3 - lo] == x[n // 3]
+    step = float(encoded.data[HEADER.size : HEADER.size + 4].view(np.float32)[0])
+    part[n // 3 - lo] = 0
+    assert part.abs().max() <= step * 0.5001
 
 
 def test_header_is_as_documented() -> None:
