@@ -51,8 +51,8 @@ async def serve(
     `on_round` gets each record of `rounds.jsonl`. Raises `UserError` for what a person has to change before anything
     starts, and `RunFailedError` when the run ends without its result (what there is of it is written all the same).
     """
-    codec = ditherps.codec(job.codec, **job.codec_options)
     model = ServerModel(task.build(job.model or None, job.seed))
+    codec = ditherps.codec(job.codec, **job.codec_options).for_layout(model.layout)
     if config.init is not None:
         model.load(config.init)
     threads = config.threads or len(os.sched_getaffinity(0))

@@ -24,7 +24,8 @@ def simulated(job: JobConfig, task: Task, members: Sequence[Collection[int]] = (
 
     `members`: the workers whose contributions entered, round by round; default all of them in each.
     """
-    model, codec = ServerModel(task.build(job.model or None, job.seed)), ditherps.codec(job.codec, **job.codec_options)
+    model = ServerModel(task.build(job.model or None, job.seed))
+    codec = ditherps.codec(job.codec, **job.codec_options).for_layout(model.layout)
     computers = [Computer(job, index, task, None, torch.device("cpu")) for index in range(job.workers)]
     fraction = getattr(codec.options, "side_fraction", 1.0) if Role.NESTED in codec.roles else 1.0
     roles = assign_roles(tuple(range(job.workers)), fraction)

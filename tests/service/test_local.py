@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from ditherps.config import JobConfig
-from ditherps.errors import ExitCode
+from ditherps.errors import ExitCode, OptionError
 from ditherps.layout import Layout, model_sha256
 from ditherps.plots import read_records
 from ditherps.tasks import Task, load_task
@@ -232,6 +232,20 @@ def test_error_feedback_with_a_scaled_codec(tmp_path: Path) -> None:
     assert simulated(job, load_task("digits")) == result["model_sha256"]
     without = job.model_copy(update={"error_feedback": False})
     assert simulated(without, load_task("digits")) != result["model_sha256"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_as_a_worker")
+def test_a_codec_that_needs_the_layout(tmp_path: Path) -> None:
+    done = run(["local", "--json", "--task", "digits", "--codec", "tensors", "--workers", 2, "--rounds", 4,
+                "--run-dir", tmp_path / "run"])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result, job = last_json(done.stdout), job_of(tmp_path / "run")
+    check_run(tmp_path / "run", result, load_task("digits"))
+    assert simulated(job, load_task("digits")) == result["model_sha256"]
+    one_tensor = job.model_copy(update={"codec_options": {"sizes": str(result["parameters"])}})
+    with pytest.raises(OptionError, match=r"tensors\.sizes"):
+        simulated(one_tensor, load_task("digits"))
 
 
 def test_error_feedback_that_would_diverge_is_refused_before_anything_starts(tmp_path: Path) -> None:

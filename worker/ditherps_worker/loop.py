@@ -176,6 +176,7 @@ class Loop:
                 f"the server's {joined.parameter_coordinates} and {joined.buffer_bytes}: they build different models"
             )
             raise RefusedError(Reason.LAYOUT_MISMATCH, message)
+        self._codec = self._codec.for_layout(layout)
         if job.error_feedback:
             self._feedback = ErrorFeedback(self._codec, layout.coordinates)
         self._job_id = joined.fence.job_id

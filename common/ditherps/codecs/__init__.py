@@ -18,6 +18,7 @@ from ditherps.codecs.randk import RandkCodec
 from ditherps.codecs.rotated import RotatedCodec
 from ditherps.codecs.scaled import ScaledCodec
 from ditherps.codecs.signsgd import SignsgdCodec
+from ditherps.codecs.tensors import TensorsCodec
 from ditherps.codecs.topk import TopkCodec
 from ditherps.errors import OptionError
 
@@ -41,6 +42,7 @@ _REGISTRY: dict[str, type[Codec]] = {
         NaturalCodec,
         RandkCodec,
         SignsgdCodec,
+        TensorsCodec,
         TopkCodec,
     )
 }

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ditherps.dither import MAX_COORDINATES, TILE, Address
 from ditherps.errors import ContextMismatchError, EncodingError, NonFiniteError, OptionError, PayloadError, Reason
+from ditherps.layout import Layout
 
 Span: TypeAlias = tuple[int, int]
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -47,6 +48,7 @@ TAGS: dict[int, str] = {
     14: "eden",
     15: "rotated",
     16: "scaled",
+    17: "tensors",
 }
 
 
@@ -264,6 +266,14 @@ class Codec(ABC):
         """
         if role not in self.roles:
             raise OptionError("role", str(role), [str(r) for r in self.roles])
+        return self
+
+    def for_layout(self, layout: Layout) -> Codec:
+        """The codec for vectors of this layout; another one only where it encodes tensor by tensor.
+
+        Raises:
+            OptionError: the options say otherwise than the layout.
+        """
         return self
 
     @abstractmethod
