@@ -16,7 +16,7 @@ _CACHE = _FOLDER / "__pycache__"  # numba's, so that what is noted there goes wh
 
 
 def warm(codec: Codec) -> None:
-    """Compile or load from the cache what `codec` needs, by encoding and accumulating one coordinate in each role.
+    """Compile or load from the cache what `codec` needs, by encoding and accumulating in each role.
 
     Of the processes of this machine one compiles at a time; the others wait, and then find its work in the cache.
     """
@@ -41,8 +41,11 @@ def _use(codec: Codec) -> None:
     from ditherps.dither import Address, Domain
 
     address = Address(seed=0, round=0, sender=0, domain=Domain.UPDATE)
-    one = torch.ones(1)
-    for role in codec.roles:
-        used = codec.for_role(role)
-        side = one if used.needs_side_information else None
-        used.accumulate(used.encode(one, address), address, one.clone(), 1.0, side_information=side)
+    few = torch.zeros(16384)  # a vector that is worth coding, and one that is not
+    few[::7] = 1.0
+    for vector in (torch.ones(1), few):
+        for role in codec.roles:
+            used = codec.for_role(role)
+            side = vector if used.needs_side_information else None
+            encoded = used.encode(vector, address)
+            used.accumulate(encoded, address, vector.clone(), 1.0, side_information=side)
