@@ -1,8 +1,10 @@
 """`tensors`: one error for the whole vector, spread over its tensors, each with an alphabet and a step of its own.
 
-Each tensor is encoded by `dqsg` for its share of the squared error (`allocation.unbiased_fill`); tensors too small to
-pay for a header are encoded together. It is meant for fixed width, where it saves up to 17 % of the bits of gradients
-at an NMSE of 0.1 (see `allocation`). With an entropy coder one step for all tensors does about as well without it.
+Each tensor is encoded by `dqsg` for its share of the squared error (`allocation.unbiased_fill`), with the alphabet that
+suits its values (`suited`); tensors too small to pay for a header are encoded together. It is meant for fixed width: on
+gradients it takes 9 to 17 % fewer bits than `dqsg` alone at an NMSE of 0.1, 16 to 33 % fewer at 0.01; most of that is
+due to the alphabets, a few percent to the allocation. With an entropy coder one step for all tensors does about as well
+without it (figures in `allocation`).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pydantic import BeforeValidator, Field
 from ditherps.codecs.allocation import unbiased_fill
 from ditherps.codecs.base import HEADER, BadInput, Codec, Context, Encoded, Span
 from ditherps.codecs.dqsg import DqsgCodec
+from ditherps.codecs.suited import MOST, suited_half
 from ditherps.codecs.wrapper import WrapperCodec, WrapperOptions
 from ditherps.dither import MAX_COORDINATES, Address
 from ditherps.entropy.family import root
@@ -36,7 +39,7 @@ PARTS = 256
 """Parts of an octave to which a group's NMSE is rounded down: 0.14 % of it on average."""
 
 _FINEST, _COARSEST = -39 * PARTS, 19 * PARTS  # what `dqsg` takes: above 1e-12, at most 1e6
-_ENTRY = struct.Struct("<Qi")
+_ENTRY = struct.Struct("<QiI")
 _ALIGNMENT = 4
 _SPAN_CHUNKS = 4
 
@@ -83,8 +86,12 @@ class Group(NamedTuple):
 
     def of(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """The group's coordinates of the vector x: a view where it is one tensor."""
-        parts = [x[s.start : s.start + s.size] for s in self.segments]
+        parts = self.parts(x)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def parts(self, x: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """The group's coordinates of the vector x: a view of each segment."""
+        return [x[s.start : s.start + s.size] for s in self.segments]
 
     def flat(self, place: int) -> int:
         """The vector's coordinate for one of the group's."""
@@ -100,6 +107,18 @@ class Group(NamedTuple):
             begin, end = max(segment.start, lo), min(segment.start + segment.size, hi)
             found.append(Segment(begin, end - begin, segment.place + begin - segment.start))
         return found
+
+
+class Share(NamedTuple):
+    """What a group's codec is made of, beside the options that all have.
+
+    Attributes:
+        notch: its NMSE, see `notch_value`.
+        half: 2M of its alphabet; 0 with `coder=rans`, which has none.
+    """
+
+    notch: int
+    half: int
 
 
 class Part(NamedTuple):
@@ -160,8 +179,9 @@ def notch_below(nmse: float) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _dqsg(given: tuple[tuple[str, Any], ...], notch: int) -> DqsgCodec:
-    return DqsgCodec(**dict(given), nmse=notch_value(notch))
+def _dqsg(given: tuple[tuple[str, Any], ...], share: Share) -> DqsgCodec:
+    alphabet = {"levels": share.half / 2} if share.half else {}
+    return DqsgCodec(**dict(given), **alphabet, nmse=notch_value(share.notch))
 
 
 class TensorsCodec(WrapperCodec):
@@ -218,9 +238,20 @@ class TensorsCodec(WrapperCodec):
             )
         return TensorsCodec(inner=self.options.inner, sizes=sizes)
 
-    def _codec(self, notch: int) -> DqsgCodec:
+    @property
+    def _fixed(self) -> bool:
+        assert isinstance(self.inner, DqsgCodec)
+        return self.inner.options.coder == "fixed"
+
+    @property
+    def _even(self) -> Share:
+        """The share of every group where all have the same NMSE, and nothing is known of the data."""
+        assert isinstance(self.inner, DqsgCodec)
+        return Share(notch_below(self._nmse), round(2 * (self.inner.options.levels or 0)))
+
+    def _codec(self, share: Share) -> DqsgCodec:
         """The codec of a group."""
-        return _dqsg(self._given, notch)
+        return _dqsg(self._given, share)
 
     def _front(self, groups: int) -> int:
         return HEADER.size + _ENTRY.size * groups
@@ -228,39 +259,47 @@ class TensorsCodec(WrapperCodec):
     def max_nbytes(self, coordinates: int) -> int:
         """What it takes with the same NMSE in each group: the encoder falls back to that."""
         groups = groups_of(self.options.sizes, coordinates)
-        even = self._codec(notch_below(self._nmse))
+        even = self._codec(self._even)
         return self._front(len(groups)) + sum(_padded(even.max_nbytes(group.size)) for group in groups)
 
-    def _notches(self, x: NDArray[np.float32], groups: tuple[Group, ...]) -> list[int]:
-        """Each group's share of the error, rounded down."""
+    def _shares(self, x: NDArray[np.float32], groups: tuple[Group, ...]) -> list[Share]:
+        """Each group's share of the error, rounded down, and the alphabet that suits it."""
         if x.size and cpu.largest_bits(x.view(np.int32), 0, x.size) >= cpu.INFINITY_BITS:
             raise BadInput(0, x.size, "not finite")
         sums = cpu.workspace().sums
-        rms = np.empty(len(groups))
+        squares = np.empty(len(groups))
         for place, group in enumerate(groups):
             energy = math.fsum(cpu.sum_of_squares(x, s.start, s.start + s.size, sums) for s in group.segments)
-            rms[place] = math.sqrt(energy / group.size)
-        shares = unbiased_fill(rms, [group.size for group in groups], nmse=self._nmse)
-        even = notch_below(self._nmse)
-        return [notch_below(d / (r * r)) if r else even for d, r in zip(shares.tolist(), rms.tolist(), strict=True)]
+            squares[place] = energy / group.size
+        errors = unbiased_fill(np.sqrt(squares), [group.size for group in groups], nmse=self._nmse)
+        shares = []
+        for group, error, square in zip(groups, errors.tolist(), squares.tolist(), strict=True):
+            if not square:
+                shares.append(self._even)
+                continue
+            notch, half = notch_below(error / square), 0
+            if self._fixed:
+                half = suited_half(group.parts(x), math.sqrt(12 * notch_value(notch) * square))
+            shares.append(Share(notch, half))
+        return shares
 
     def _encode(self, x: NDArray[np.float32], address: Address, context: Context) -> Encoded:
         return self._encode_on(None, x, address, context)
 
     def _encode_on(self, pool: Executor | None, x: NDArray[np.float32], address: Address, context: Context) -> Encoded:
         groups = groups_of(self.options.sizes, x.size)
-        notches = self._notches(x, groups)
-        payloads = self._payloads(pool, x, address, context, groups, notches)
+        shares = self._shares(x, groups)
+        payloads = self._payloads(pool, x, address, context, groups, shares)
         front = self._front(len(groups))
         total = front + sum(_padded(payload.nbytes) for payload in payloads)
         if total > self.max_nbytes(x.size):
-            notches = [notch_below(self._nmse)] * len(groups)
-            payloads = self._payloads(pool, x, address, context, groups, notches)
+            shares = [self._even] * len(groups)
+            payloads = self._payloads(pool, x, address, context, groups, shares)
             total = front + sum(_padded(payload.nbytes) for payload in payloads)
         data = np.zeros(total, np.uint8)
         at = front
-        for place, (payload, notch) in enumerate(zip(payloads, notches, strict=True)):
-            _ENTRY.pack_into(data.data, HEADER.size + _ENTRY.size * place, payload.nbytes, notch)
+        for place, (payload, share) in enumerate(zip(payloads, shares, strict=True)):
+            _ENTRY.pack_into(data.data, HEADER.size + _ENTRY.size * place, payload.nbytes, *share)
             data[at : at + payload.nbytes] = payload.data
             at += _padded(payload.nbytes)
         return self._finished(data, x.size, context, sealed=front)
@@ -272,13 +311,13 @@ class TensorsCodec(WrapperCodec):
         address: Address,
         context: Context,
         groups: tuple[Group, ...],
-        notches: list[int],
+        shares: list[Share],
     ) -> list[Encoded]:
         payloads = []
-        for group, notch in zip(groups, notches, strict=True):
+        for group, share in zip(groups, shares, strict=True):
             values, own = group.of(x), replace(address, start=address.start + group.start)
             try:
-                payloads.append(self._codec(notch)._encode_on(pool, values, own, context))
+                payloads.append(self._codec(share)._encode_on(pool, values, own, context))
             except BadInput as bad:
                 worst = group.flat(bad.lo + int(np.argmax(np.abs(values[bad.lo : bad.hi]))))
                 raise BadInput(worst, worst + 1, bad.problem) from None
@@ -295,13 +334,13 @@ class TensorsCodec(WrapperCodec):
             raise PayloadError(f"payload of {size} bytes has no room for its table of groups", Reason.SIZE)
         parts = []
         for place, group in enumerate(groups):
-            nbytes, notch = _ENTRY.unpack_from(encoded.data.data, HEADER.size + _ENTRY.size * place)
+            nbytes, notch, half = _ENTRY.unpack_from(encoded.data.data, HEADER.size + _ENTRY.size * place)
             end = at + nbytes
             if _padded(end) > size or encoded.data[end : _padded(end)].any():
                 raise PayloadError(f"group {place} does not end within the payload, or not with zeros", Reason.SIZE)
-            if not _FINEST <= notch <= _COARSEST:
-                raise PayloadError(f"group {place} has an error out of range")
-            parts.append(Part(self._codec(notch), group, Encoded.from_bytes(encoded.data[at:end]), None))
+            if not _FINEST <= notch <= _COARSEST or not (1 <= half <= MOST if self._fixed else half == 0):
+                raise PayloadError(f"group {place} has an error or an alphabet out of range")
+            parts.append(Part(self._codec(Share(notch, half)), group, Encoded.from_bytes(encoded.data[at:end]), None))
             at = _padded(end)
         if at != size:
             raise PayloadError(f"payload has {size} bytes, its table announces {at}", Reason.SIZE)
