@@ -7,18 +7,20 @@ All of it is integers, table look-ups and IEEE arithmetic, so both the step and 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ditherps.codecs.base import BadInput
-from ditherps.codecs.steps import StepOptions, packed_bits
+from ditherps.codecs.steps import StepOptions
+from ditherps.codecs.suited import magnitudes
 from ditherps.dither import TILE
 from ditherps.entropy.family import SCALES, SCALES_PER_OCTAVE, SHAPES, SPIKES, family, logarithms, root
 from ditherps.kernels import cpu
 from ditherps.kernels.coder import CHUNK, HEAD, REACH
 from ditherps.kernels.rans import LANES
-from ditherps.kernels.statistics import MAGNITUDE_BITS, MAGNITUDES, count_magnitudes, fit_tiles, model_bits
+from ditherps.kernels.statistics import fit_tiles, model_bits
 from ditherps.kernels.tables import CELLS, ENTRIES
 
 FINENESS = 16  # steps tried between two neighbouring scales
@@ -44,7 +46,15 @@ def step_for_bits(x: NDArray[np.float32], options: StepOptions, *, subtract: boo
     if largest == 0:
         return 0.0
     rms = float(np.sqrt(cpu.sum_of_squares(x, 0, x.size, cpu.workspace().sums) / x.size))
-    cost = _coded_cost(x, rms, subtract) if options.coder == "rans" else _fixed_cost(x, rms, options)
+    cost: Callable[[int], float]
+    if options.coder == "rans":
+        cost = _coded_cost(x, rms, subtract)
+    else:
+        seen, half = magnitudes((x,)), round(2 * (options.levels or 0.5))
+
+        def cost(place: int) -> float:
+            return seen.bits(half, rms * _power(place))
+
     low, high = -_REACH * _OCTAVE, _REACH * _OCTAVE  # in parts of an octave; bits fall as the step grows
     while high - low > 1:
         middle = (low + high) // 2
@@ -100,27 +110,3 @@ class _coded_cost:  # noqa: N801 (a function that remembers)
                 model_bits(*key, self._subtract, logarithms(), _ESCAPE_BITS, family(), self._cumulative, self._entries)
             )
         return self._known[key]
-
-
-class _fixed_cost:  # noqa: N801
-    """Bits a coordinate of the packed alphabet and the escapes, for a step of rms * `_power(place)`."""
-
-    def __init__(self, x: NDArray[np.float32], rms: float, options: StepOptions) -> None:
-        counts = np.zeros(MAGNITUDES, np.int64)
-        count_magnitudes(x.view(np.int32), counts)
-        bins = np.flatnonzero(counts)
-        self._sizes = (bins.astype(np.int64) << MAGNITUDE_BITS | 1 << (MAGNITUDE_BITS - 1)).astype(np.int32).view(
-            np.float32
-        ).astype(np.float64) / rms
-        self._shares = counts[bins] / x.size
-        self._half = round(2 * (options.levels or 0.5))
-
-    def __call__(self, place: int) -> float:
-        # Distance beyond the alphabet, in steps: an index is outside with the part of a step that lies beyond.
-        beyond = self._sizes / _power(place) - 0.5 * self._half
-        outside = np.minimum(np.maximum(beyond, 0.0), 1.0)
-        nibbles = np.ones_like(beyond)
-        for group in range(1, 11):
-            nibbles += beyond >= 0.5 * 8.0**group
-        # Half a byte a tile is lost to rounding.
-        return packed_bits(self._half) + 4 / TILE + 4 * float(np.sum(self._shares * outside * nibbles))
