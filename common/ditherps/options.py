@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ditherps.config import assignments, merged
+from ditherps.tags import TAGS
 
 JOB, RUN = "Job", "This machine"
 
@@ -34,7 +35,7 @@ Rounds = Annotated[
     int | None, _option("--rounds", "-r", env="ROUNDS", text="Rounds (default: as the task's recipe says).")
 ]
 CodecName = Annotated[
-    str | None, _option("--codec", "-c", env="CODEC", text="none, bf16, dqsg or ndqsg (default: ndqsg).")
+    str | None, _option("--codec", "-c", env="CODEC", text=f"{', '.join(TAGS.values())} (default: ndqsg).")
 ]
 CodecOptions = Annotated[
     list[str] | None,

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ditherps import Address, Context, Domain, Encoded, codec
 from ditherps.codecs import Codec, codec_names
-from ditherps.codecs.base import HEADER, TAGS, Header, checksum, header_check
+from ditherps.codecs.base import HEADER, Header, checksum, header_check
 from ditherps.codecs.coded import CodedLayout
 from ditherps.errors import ContextMismatchError, EncodingError, PayloadError, Reason
 from ditherps.kernels import reference
 from ditherps.kernels.coder import CHUNK
+from ditherps.tags import TAGS
 
 ADDRESS = Address(seed=1, round=2, sender=3, domain=Domain.UPDATE)
 CODECS: list[tuple[str, dict[str, Any]]] = [

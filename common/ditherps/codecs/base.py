@@ -26,30 +26,12 @@ from torch import Tensor
 from ditherps.dither import MAX_COORDINATES, TILE, Address
 from ditherps.errors import ContextMismatchError, EncodingError, NonFiniteError, OptionError, PayloadError, Reason
 from ditherps.layout import Layout
+from ditherps.tags import TAGS
 
 Span: TypeAlias = tuple[int, int]
 Bytes: TypeAlias = NDArray[np.uint8]
 
 FORMAT_VERSION = 2
-TAGS: dict[int, str] = {
-    1: "none",
-    2: "bf16",
-    3: "dqsg",
-    4: "ndqsg",
-    5: "qsgd",
-    6: "terngrad",
-    7: "maxnorm",
-    8: "maxnorm-multiscale",
-    9: "signsgd",
-    10: "topk",
-    11: "randk",
-    12: "globalrandk",
-    13: "natural",
-    14: "eden",
-    15: "rotated",
-    16: "scaled",
-    17: "tensors",
-}
 
 
 class Role(enum.StrEnum):
