@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ditherps.entropy.family import SCALES_PER_OCTAVE
 from ditherps.kernels.alphabets import Alphabet, digits_nbytes, pack_digits
 from ditherps.kernels.coder import CODED, EXPLICIT, HEAD, PACKED, Coder, use_explicit, use_low_bits, use_model
 from ditherps.kernels.cpu import Workspace
@@ -23,13 +24,23 @@ from ditherps.kernels.tables import (
     CELLS,
     ENTRIES,
     fit,
+    resolution_of,
 )
 
 SMALL = 8192  # coordinates of a chunk below which one state is cheaper than sixteen
 MOST_MODEL_BYTES = 2048  # of parameters (57 bits a tile) or a table (41 bits a cell, and a bit a tile)
 GAIN = 0.9  # of the bits under the family's model, below which an explicit one is worth its table
+RARE_BITS = 28  # about what an index far outside takes, its escape included
 FIT_BITS = 1.5  # that a cell's own count seems to save in its sample, and does not
 ESCAPE_BITS = 10  # about what an escape takes beside its symbol
+
+
+@kernel
+def keep_narrow(count: Int, nonzero: Int, row: NDArray[np.int64], dithered: bool, work: Coder) -> None:
+    """Lower the scale to one without low bits where escaping the few values that are not zero is cheaper than these."""
+    _, low_bits = resolution_of(row[0], row[1], dithered, work.family)
+    if low_bits * count > RARE_BITS * nonzero:
+        row[0] -= SCALES_PER_OCTAVE * low_bits
 
 
 @kernel
@@ -122,6 +133,7 @@ def prefers_explicit(
         return refused
     row = work.parameters[0]
     fit(count, nonzero, total, squares, row, np.full(3, -1, np.int64), work.family)
+    keep_narrow(count, nonzero, row, dithered, work)
     class_bits, low_bits, bound = use_model(row, dithered, False, work)
     place_symbols(count, class_bits, low_bits, bound, work)
     family_bits = cost_of_places(count, work)
@@ -261,6 +273,7 @@ def encode_chunk(
             escaped = escape_the_rare(count, class_bits, work)
         else:
             fit(count, nonzero, total, squares, row, last, work.family)
+            keep_narrow(count, nonzero, row, dithered, work)
             last = row
             class_bits, low_bits, bound = use_model(row, dithered, False, work)
             escaped = place_symbols(count, class_bits, low_bits, bound, work)
