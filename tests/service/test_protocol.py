@@ -22,6 +22,7 @@ from ditherps.errors import Reason
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 from ditherps_server.updater import Updater
+from tests.sealing import sealed
 from tests.service.inprocess import Peer, Refused, Served, answered, serving
 
 # One loop for all: gRPC's own poller outlives the loop that it began in.
@@ -288,9 +289,11 @@ class TestPush:
             n = a.joined.parameter_coordinates
             update, buffers = a.update(plan), bytes(a.joined.buffer_bytes)
 
+            used = ditherps.codec("dqsg")
+
             def stepped(step: bytes) -> bytes:
                 at = ditherps.codecs.base.HEADER.size
-                return update[:at] + step + update[at + 4 :]
+                return sealed(used, update[:at] + step + update[at + 4 :])
 
             address = Address(1, 0, 0, Domain.UPDATE)
             other_context = ditherps.codec("dqsg").encode(torch.ones(n), address, Context(3, b"x")).to_bytes()
@@ -304,7 +307,8 @@ class TestPush:
                 (a.update(plan, codec="none")[: len(update)], buffers, Reason.MALFORMED),
                 (other_context, buffers, Reason.CONTEXT_MISMATCH),
                 (shorter, buffers, Reason.SIZE),
-                (update[:-1], buffers, Reason.SIZE),
+                (sealed(used, update[:-1]), buffers, Reason.SIZE),
+                (update[:-1] + bytes([update[-1] ^ 1]), buffers, Reason.DIGEST_MISMATCH),
                 (update[:3], buffers, Reason.SIZE),
                 (bytes(len(update)), buffers, Reason.MALFORMED),
                 (b"\xff" * len(update), buffers, Reason.MALFORMED),
