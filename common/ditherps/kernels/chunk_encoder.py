@@ -47,7 +47,8 @@ def keep_narrow(count: Int, nonzero: Int, row: NDArray[np.int64], dithered: bool
 def place_symbols(count: Int, class_bits: Int, low_bits: Int, bound: Int, work: Coder) -> Int:
     """places[:count] of the tile's indices under its model, and lows; returns how many are escapes."""
     half, classes = np.int32((CELLS // 2) >> class_bits), np.int32(1 << class_bits)
-    lowest, highest = np.int32(bound), np.int32(CELLS + 1 - classes - bound)
+    lowest = np.int32(bound)
+    highest = np.int32(max(CELLS + (low_bits == 0) - classes - bound, CELLS // 2 + 1))
     indices, lanes, places, lows = work.indices[:count], work.lanes[:count], work.places[:count], work.lows[:count]
     if low_bits:
         mask = np.int32((1 << low_bits) - 1)

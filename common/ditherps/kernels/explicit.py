@@ -95,7 +95,7 @@ def get_table(
     at: Int = np.int64(27)
     if class_bits > MAX_CLASS_BITS or low_bits > MAX_LOW_BITS or (class_bits and low_bits) or order > 12:
         return refused
-    if first < np.int64(1) << class_bits:
+    if first < np.int64(1) << class_bits or last > CELLS - (np.int64(1) << class_bits):
         return refused  # where escapes are
     left = np.int64(_SPAN)
     slots[:] = 0

@@ -71,7 +71,8 @@ class Model:
         if abs(symbol) < half:
             place = classes * (symbol + half) - (lane >> (16 - self.class_bits))
             start, end = self.places[place], self.places[min(place + classes, _PLACES)]
-            if self.bottom < place < 257 - classes - self.bottom and end > start:
+            top = max((256 if self.low_bits else 257) - classes - self.bottom, 129)
+            if self.bottom < place < top and end > start:
                 return start, end - start
         return 0, 1
 
@@ -196,7 +197,7 @@ def lower_tails(parameters: Parameters, subtract: bool) -> NDArray[np.int64]:
     shift = 13 + e + class_bits
     s = 128 - np.arange(129)
     if subtract or low_bits:
-        return tail(parameters.shape, ((s << (low_bits + 1)) + 1) * unit >> shift)
+        return tail(parameters.shape, ((s << (low_bits + 1)) + (not low_bits)) * unit >> shift)
     m = np.arange(16)
     tails = tail(parameters.shape, (32 * s[:, None] + 2 * m + 1) * unit >> (shift + 4))
     mean: NDArray[np.int64] = tails.sum(axis=1) >> 4
@@ -214,8 +215,8 @@ def own_model(parameters: Parameters, subtract: bool) -> Model:
     bottom = max((b for b in range(classes, 129 - classes) if places[b] == places[b + classes]), default=classes - 1)
     for j in range(min(bottom + classes, 128) + 1):
         places[j] = 1
-    for j in range(1, 129):
-        places[257 - j] = 4097 - places[j]
+    for j in range(128) if low_bits else range(1, 129):
+        places[(256 if low_bits else 257) - j] = 4097 - places[j]
     return Model(class_bits, low_bits, places, bottom, matched_offsets(parameters, class_bits))
 
 

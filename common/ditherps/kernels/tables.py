@@ -119,10 +119,12 @@ def fill_cumulative(
     family: Family,
     cumulative: NDArray[np.int64],
 ) -> Int:
-    """Fill `cumulative[:CELLS + 1]`; return the place B: a symbol that begins at b is coded where B < b < 257 - C - B.
+    """Fill `cumulative[:CELLS + 1]`; return the place B: a symbol that begins at b is coded where
+    B < b < max(N - C - B, 129), N = 257, or 256 with low bits.
 
-    Place j stands for the border x = (j - 128 - 2^-(low + 1)) / C of the symbols that begin there, x in units of
-    2^low steps: the average over a class. Without a known dither it is the average over all dithers.
+    Place j stands for the border x = (j - 128 - 1/2) / C of the symbols that begin there, the average over a class, in
+    steps; with low bits, of which half a step is a small part, for x = (j - 128) * 2^low. Without a known dither it is
+    the average over all dithers.
     """
     row = family.tails[shape]
     octave = (scale - SCALE_ORIGIN + 10 * SCALES_PER_OCTAVE) // SCALES_PER_OCTAVE - 10
@@ -139,7 +141,7 @@ def fill_cumulative(
                 tail += tail_of((np.int64(2 * _POINTS * steps + 2 * point + 1) * unit) >> down, row)
             tail >>= 4
         else:
-            tail = tail_of(((np.int64(steps) << (low_bits + 1)) + 1) * unit >> down, row)
+            tail = tail_of(((np.int64(steps) << (low_bits + 1)) + (low_bits == 0)) * unit >> down, row)
         cumulative[j] = ESCAPE_SLOTS + ((tail * others * span + (np.int64(1) << 46)) >> 47)
     classes = np.int64(1) << class_bits
     last: Int = classes - 1  # begins below the grid: not coded
@@ -148,8 +150,13 @@ def fill_cumulative(
             last = np.int64(b)
     for j in range(min(last + classes, np.int64(CELLS // 2)) + 1):
         cumulative[j] = ESCAPE_SLOTS
-    for j in range(CELLS // 2 + 1):
-        cumulative[CELLS + 1 - j] = SLOTS + ESCAPE_SLOTS - cumulative[j]
+    if low_bits:
+        for j in range(CELLS // 2):
+            cumulative[CELLS - j] = SLOTS + ESCAPE_SLOTS - cumulative[j]
+        cumulative[CELLS + 1] = SLOTS
+    else:
+        for j in range(CELLS // 2 + 1):
+            cumulative[CELLS + 1 - j] = SLOTS + ESCAPE_SLOTS - cumulative[j]
     return last
 
 
