@@ -138,7 +138,7 @@ def test_non_finite_input_names_the_coordinate(bad: float) -> None:
         codec("rotated", block=4096).encode(x, ADDRESS, name=lambda i: "first" if i < 9000 else "second")
 
 
-@pytest.mark.parametrize(("inner", "value"), [("dqsg", 1e30), ("dqsg:step=rms,resolution=1e25,levels=1", 1e18)])
+@pytest.mark.parametrize(("inner", "value"), [("dqsg", 1e30), ("dqsg:step=rms,levels=1", 1e25)])
 def test_too_large_values_are_named(inner: str, value: float) -> None:
     x = torch.zeros(20000)
     x[9000] = value
