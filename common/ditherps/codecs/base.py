@@ -207,7 +207,7 @@ class Codec(ABC):
         unbiased: decoding gives the vector in expectation over the dither.
         contractive: E||C(x) - x||^2 <= (1 - delta) ||x||^2 for every x and some delta > 0, which error feedback needs.
         needs_side_information: decoding needs a vector near the encoded one.
-        summable: payloads of several workers can be added before decoding.
+        summable: indices of several workers can be added before decoding, where these agree on the norm.
         roles: what workers that use it can be.
         chunk_coordinates: unit of `span`, a multiple of the tile.
     """
@@ -271,7 +271,7 @@ class Codec(ABC):
 
     @abstractmethod
     def _encode(self, x: NDArray[np.float32], address: Address, context: Context) -> Encoded:
-        """Encode; raises `_BadInput` where the vector cannot be encoded."""
+        """Encode; raises `BadInput` where the vector cannot be encoded."""
 
     def _encode_on(self, pool: Executor | None, x: NDArray[np.float32], address: Address, context: Context) -> Encoded:
         """`_encode` with threads, where a codec has use for them."""
@@ -326,7 +326,7 @@ class Codec(ABC):
             raise _explained(bad, x.detach(), values, name) from None
 
     def validate(self, encoded: Encoded, coordinates: int | None = None, context: Context | None = None) -> None:
-        """Check a payload wholly: sizes, steps, exceptions, finiteness; takes memory in proportion to its bytes.
+        """Check a payload wholly: sizes, steps, escapes, finiteness; takes memory in proportion to its bytes.
 
         Args:
             encoded: as received.

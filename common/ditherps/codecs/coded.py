@@ -19,18 +19,36 @@ from ditherps.kernels import cpu
 from ditherps.kernels.alphabets import Alphabet, alphabet
 from ditherps.kernels.chunk_decoder import accumulate_chunk, accumulate_packed, check_chunk
 from ditherps.kernels.chunk_encoder import encode_chunk, gather_explicit, pack_chunk, prefers_explicit
-from ditherps.kernels.coder import CHUNK, CODED, EXPLICIT, HEAD, PACKED, PLAIN, REACH, coder
+from ditherps.kernels.coder import (
+    CHUNK,
+    CODED,
+    EXPLICIT,
+    HEAD,
+    HEADROOM,
+    MOST_BYTES,
+    MOST_MODEL_BYTES,
+    PACKED,
+    PLAIN,
+    coder,
+)
 from ditherps.kernels.jit import Int
 from ditherps.kernels.philox import TILE, Stream
 
-_LARGEST_STEP = cpu.LARGEST / REACH
+_LARGEST_STEP = cpu.LARGEST / HEADROOM
 
 
 class Index(NamedTuple):
-    """What decoding needs of a checked payload: its steps, and where each chunk begins and the last ends."""
+    """What decoding needs of a checked payload.
+
+    Attributes:
+        steps: of the buckets.
+        offsets: where each chunk begins, and the last ends.
+        exact: how many coordinates are decoded without an error: those of plain chunks and of tiles of zeros.
+    """
 
     steps: NDArray[np.float32]
     offsets: NDArray[np.int64]
+    exact: int
 
 
 class CodedLayout:
@@ -63,8 +81,9 @@ class CodedLayout:
         return HEADER.size + 4 * self.buckets(coordinates) + 8 * -(-coordinates // CHUNK)
 
     def max_nbytes(self, coordinates: int) -> int:
-        """A chunk that would take more than its float32 values is sent as these."""
-        return self._front(coordinates) + HEAD * -(-coordinates // CHUNK) + 4 * coordinates
+        """What the finest steps could take: a symbol, its low bits and its escape for every coordinate."""
+        chunks = -(-coordinates // CHUNK)
+        return self._front(coordinates) + (HEAD + MOST_MODEL_BYTES) * chunks + MOST_BYTES * coordinates
 
     def steps(self, data: Bytes, coordinates: int) -> NDArray[np.float32]:
         """The steps in a payload's bytes."""
@@ -77,9 +96,9 @@ class CodedLayout:
         n = x.size
         map_: Callable[..., object] = map if pool is None else pool.map
         steps = self._steps(x, map_) if step is None else np.full(self.buckets(n), step, np.float32)
-        stream, bucket = address.stream(n), self._bucket(n)
+        stream, bucket, largest = address.stream(n), self._bucket(n), float(steps.max(initial=0.0))
         chunks: list[Bytes] = list(
-            map_(lambda lo: self._chunk(x, lo, min(lo + CHUNK, n), stream, bucket, steps), range(0, n, CHUNK))  # type: ignore[call-overload]
+            map_(lambda lo: self._chunk(x, lo, min(lo + CHUNK, n), stream, bucket, steps, largest), range(0, n, CHUNK))  # type: ignore[call-overload]
         )
         front = self._front(n)
         data = np.empty(front + sum(chunk.size for chunk in chunks), np.uint8)
@@ -114,51 +133,62 @@ class CodedLayout:
             largest = max(part[0] for part in mine)
             if largest >= cpu.INFINITY_BITS:
                 raise BadInput(lo, hi, "not finite")
-            squares = sum(part[1] for part in mine)
+            squares = 0.0
+            for part in mine:  # not sum(): some Pythons compensate its rounding
+                squares += part[1]
             if rule == "max":
                 exact = float(np.array(largest, np.int32).view(np.float32)) / factor
             elif rule == "l2":
                 exact = math.sqrt(squares) / factor
             else:
                 exact = math.sqrt(squares / (hi - lo)) * factor
-            steps[place] = cpu.rounded_up(exact, REACH) if largest else 0.0
+            steps[place] = cpu.rounded_up(exact, HEADROOM) if largest else 0.0
             if steps[place] < 0:
                 raise BadInput(lo, hi, "too large: its reconstruction could overflow float32")
         return steps
 
     def _chunk(
-        self, x: NDArray[np.float32], lo: int, hi: int, stream: Stream, bucket: int, steps: NDArray[np.float32]
+        self,
+        x: NDArray[np.float32],
+        lo: int,
+        hi: int,
+        stream: Stream,
+        bucket: int,
+        steps: NDArray[np.float32],
+        largest_step: float,
     ) -> Bytes:
         """The bytes of one chunk, in the form that takes the fewest."""
         work = coder()
         out, where = work.out, (x, lo, hi, stream, bucket, steps, self._subtract)
         plan: tuple[bool, Int, Int] = False, 0, 0
         size = int(encode_chunk(*where, *plan, work, out))
+        if size < 0:  # an index beyond 32 bits; that must not depend on the dither, since these values stay as they are
+            values = np.zeros(HEAD + 4 * (hi - lo), np.uint8)
+            values[3] = PLAIN
+            values[HEAD:] = x[lo:hi].view(np.uint8)
+            return values
         reach = int(work.reach[0])
-        # A matched reconstruction must not depend on the dither, and so its models neither.
-        if not self._matched:
-            plan = prefers_explicit(x, lo, hi, bucket, steps, self._subtract, work)
-            if plan[0] and gather_explicit(*where, *plan[1:], work):
-                other = np.empty_like(out)
-                found = int(encode_chunk(*where, *plan, work, other))
-                if found > 0 and (found < size or size < 0):
-                    out, size = other, found
-        if 0 < reach <= MAX_LEVELS and not (self._matched and size > 0):
-            form = alphabet(2 * reach + 1)
-            packed = _packed_nbytes(form, hi - lo)
-            if packed < size or (size < 0 and packed <= out.size):
-                size = int(pack_chunk(x, lo, hi, stream, bucket, steps, form, reach, work, cpu.workspace(), out))
-        plain = HEAD + 4 * (hi - lo)
-        if 0 < size <= plain:
+        if self._matched:  # its values depend on the models, and so these may not depend on the dither
             return out[:size].copy()
-        values = np.zeros(plain, np.uint8)
-        values[3] = PLAIN
-        values[HEAD:] = x[lo:hi].view(np.uint8)
-        return values
+        plan = prefers_explicit(x, lo, hi, bucket, steps, self._subtract, work)
+        if plan[0] and gather_explicit(*where, *plan[1:], work):
+            other = np.empty_like(out)
+            found = int(encode_chunk(*where, *plan, work, other))
+            if found < size:
+                out, size = other, found
+        if 0 < reach <= MAX_LEVELS:
+            form = alphabet(2 * reach + 1)
+            if _packed_nbytes(form, hi - lo) < size:
+                size = int(pack_chunk(*where[:6], form, reach, work, cpu.workspace(), out))
+        return out[:size].copy()
 
     def sealed_bytes(self, encoded: Encoded) -> int:
         """Header, steps and directory, or what there is of them."""
         return min(self._front(encoded.coordinates), encoded.nbytes)
+
+    def exact_coordinates(self, encoded: Encoded) -> int:
+        """Coordinates of plain chunks and of tiles of zeros."""
+        return (encoded.index[1] if encoded.index else self.index(encoded)).exact
 
     def index(self, encoded: Encoded) -> Index:
         """Check the directory and every chunk; raises PayloadError."""
@@ -173,14 +203,16 @@ class CodedLayout:
         offsets = front + np.concatenate((np.zeros(1, np.int64), np.cumsum(directory[:, 0], dtype=np.int64)))
         if offsets[-1] != size:
             raise PayloadError(f"payload has {size} bytes, its directory announces {offsets[-1]}", Reason.SIZE)
-        largest = float(steps.max(initial=0))
+        exact = 0
         for place, (begin, end) in enumerate(pairwise(offsets.tolist())):
             chunk = encoded.data[begin:end]
             if checksum(chunk) != directory[place, 1]:
                 raise PayloadError(f"chunk {place} does not match its checksum", Reason.DIGEST_MISMATCH)
-            if not _well_formed(chunk, min(CHUNK, n - place * CHUNK), largest):
+            found = _exact_coordinates(chunk, min(CHUNK, n - place * CHUNK))
+            if found < 0:
                 raise PayloadError(f"chunk {place} is malformed")
-        return Index(steps, offsets)
+            exact += found
+        return Index(steps, offsets, exact)
 
     def accumulate(
         self,
@@ -220,19 +252,19 @@ def _packed_nbytes(form: Alphabet, count: int) -> int:
     return HEAD + whole * form.nbytes(TILE) + (form.nbytes(rest) if rest else 0)
 
 
-def _well_formed(chunk: Bytes, count: int, largest_step: float) -> bool:
-    """Whether a chunk of any form is whole, and decodes to finite values."""
+def _exact_coordinates(chunk: Bytes, count: int) -> int:
+    """How many of a chunk's coordinates are decoded without an error; -1 where it is not whole, or not finite."""
     if chunk.size < HEAD:
-        return False
+        return -1
     form = int(chunk[3])
     if form in (CODED, EXPLICIT):
-        return bool(check_chunk(chunk, count, largest_step, coder()))
+        return int(check_chunk(chunk, count, coder()))
     if form == PACKED:
         reach = int(chunk[0]) | int(chunk[1]) << 8
         rest = int(chunk[2]) or chunk[4:HEAD].any()
-        return 0 < reach <= MAX_LEVELS and not rest and chunk.size == _packed_nbytes(alphabet(2 * reach + 1), count)
-    if form == PLAIN:
-        if chunk.size != HEAD + 4 * count or chunk[:3].any() or chunk[4:HEAD].any():
-            return False
-        return bool(cpu.largest_bits(chunk[HEAD:].copy().view(np.int32), 0, count) < cpu.INFINITY_BITS)
-    return False
+        whole = 0 < reach <= MAX_LEVELS and not rest and chunk.size == _packed_nbytes(alphabet(2 * reach + 1), count)
+        return 0 if whole else -1
+    if form == PLAIN and chunk.size == HEAD + 4 * count and not chunk[:3].any() and not chunk[4:HEAD].any():
+        finite = cpu.largest_bits(chunk[HEAD:].copy().view(np.int32), 0, count) < cpu.INFINITY_BITS
+        return count if finite else -1
+    return -1

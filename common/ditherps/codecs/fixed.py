@@ -149,6 +149,10 @@ class FixedLayout:
         """All."""
         return encoded.nbytes
 
+    def exact_coordinates(self, encoded: Encoded) -> int:
+        """None beside those of zero buckets, whose steps are 0."""
+        return 0
+
     def index(self, encoded: Encoded) -> Index:
         """Check all sections; raises PayloadError."""
         n, size = encoded.coordinates, encoded.nbytes

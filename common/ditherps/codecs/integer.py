@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Executor
 from typing import Any, ClassVar
 
@@ -46,16 +47,21 @@ class IntegerCodec(Codec):
         return self._layout.max_nbytes(coordinates)
 
     def expected_squared_error(self, encoded: Encoded) -> float:
-        """step^2 / 12 a coordinate (Schuchman 1964); NaN where not the dither is subtracted: then the data decide."""
+        """step^2 / 12 for each coordinate that has an error (Schuchman 1964).
+
+        NaN where not the dither is subtracted, so that the data decide, and where several steps make it unknown which
+        of them belong to the coordinates that are decoded exactly.
+        """
         n = encoded.coordinates
         steps = self._layout.steps(encoded.data, n)
-        if not self._layout.subtracts_dither:
-            return float("nan")
-        if steps.size == 0:
-            return 0.0
-        width = self._rule.width or n
-        last = n - width * (steps.size - 1)
+        exact = self._layout.exact_coordinates(encoded)
+        if not self._layout.subtracts_dither or (exact and steps.size > 1):
+            return math.nan
+        if steps.size < 2:
+            return float(np.sum(np.float64(steps) ** 2)) * (n - exact) / 12
+        width = self._rule.width
         squares = cpu.sum_of_squares(steps, 0, steps.size - 1, cpu.workspace().sums)
+        last = n - width * (steps.size - 1)
         return float(width * squares + last * np.float64(steps[-1]) ** 2) / 12
 
     def _encode(self, x: NDArray[np.float32], address: Address, context: Context) -> Encoded:

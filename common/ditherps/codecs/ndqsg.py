@@ -7,9 +7,9 @@ half a coarse step (ratio * step / 2) of the side information y; the CRC-32 of e
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ditherps.codecs.base import Codec, Role
 from ditherps.codecs.coded import CodedLayout
@@ -17,6 +17,7 @@ from ditherps.codecs.dqsg import DqsgCodec
 from ditherps.codecs.fixed import FixedLayout
 from ditherps.codecs.integer import IntegerCodec
 from ditherps.codecs.steps import StepOptions
+from ditherps.errors import OptionError
 
 
 class NdqsgOptions(StepOptions):
@@ -35,6 +36,12 @@ class NdqsgOptions(StepOptions):
     )
     side_fraction: float = Field(0.5, gt=0, lt=1, description="between 0 and 1: share of workers that are sources")
 
+    @model_validator(mode="after")
+    def _no_bits(self) -> Self:
+        if self.bits is not None:
+            raise OptionError("bits", self.bits, "nothing with ndqsg, whose nested indices take log2(ratio) bits")
+        return self
+
 
 class NdqsgCodec(IntegerCodec):
     """Header, steps, then tile by tile the packed residues and the CRC-32 of the fine indices."""
@@ -51,7 +58,10 @@ class NdqsgCodec(IntegerCodec):
         self.unbiased = self.options.alpha == 1.0  # wherever decoding succeeds
 
     def _chosen_layout(self) -> FixedLayout | CodedLayout:
-        return FixedLayout(self._rule, subtract=True, alpha=self.options.alpha, ratio=self.options.ratio)
+        rule = self._rule
+        if rule.levels is None:  # sources are entropy-coded and need none; nested indices only take its parity
+            rule = rule.model_copy(update={"levels": NdqsgOptions.default_levels})
+        return FixedLayout(rule, subtract=True, alpha=self.options.alpha, ratio=self.options.ratio)
 
     def format_options(self) -> dict[str, Any]:
         """Without what only the server's round policy reads."""

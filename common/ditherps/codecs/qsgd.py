@@ -7,6 +7,7 @@ vector, and its variance is d (1 - d) step^2 where d is the distance to the next
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Executor
 from typing import Any, Literal
 
@@ -59,7 +60,7 @@ class TerngradCodec(IntegerCodec):
         if self.options.clip and x.size and cpu.largest_bits(x.view(np.int32), 0, x.size) < cpu.INFINITY_BITS:
             square = cpu.sum_of_squares(x, 0, x.size, cpu.workspace().sums) / x.size
             clipped = np.empty_like(x)
-            cpu.clip(x, np.float32(min(self.options.clip * square**0.5, cpu.LARGEST)), clipped)
+            cpu.clip(x, np.float32(min(self.options.clip * math.sqrt(square), cpu.LARGEST)), clipped)
             x = clipped
         return super()._encode_on(pool, x, address, context)
 

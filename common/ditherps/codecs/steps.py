@@ -38,9 +38,7 @@ class StepOptions(Options):
     nmse: float | None = Field(
         None, gt=1e-12, le=1e6, description="above 1e-12: squared error over the vector's square sum; step = target"
     )
-    bits: float | None = Field(
-        None, gt=0, le=16, description="above 0, at most 16: bits a coordinate; only with step = target"
-    )
+    bits: float | None = Field(None, ge=0.1, le=15, description="0.1 to 15: bits a coordinate; only with step = target")
     bucket: int | None = Field(
         None,
         ge=0,
@@ -71,8 +69,6 @@ class StepOptions(Options):
             raise OptionError("bucket", self.bucket, type(self).model_fields["bucket"].description or "")
         if self.bits is not None and self.width:
             raise OptionError("bucket", self.bucket, "0 with a bits target: one step for the whole vector")
-        if self.bits is not None and self.coder == "fixed" and self.bits < _FEWEST_BITS:
-            raise OptionError("bits", self.bits, f"at least {_FEWEST_BITS} with coder = fixed")
         if self.step == "rms" and self.resolution is None:
             values["resolution"] = 1.0
         self._resolve_levels()
@@ -86,7 +82,13 @@ class StepOptions(Options):
                 raise OptionError("levels", self.levels, type(self).model_fields["levels"].description or "")
             if self.coder == "rans" and self.unbounded:
                 raise OptionError("levels", self.levels, "nothing with coder = rans, but for step = max or l2")
-        elif not self.unbounded:
+        if self.bits is not None and self.coder == "fixed":
+            fewest = math.ceil(100 * packed_bits(round(2 * (self.levels or 0.5)))) / 100
+            if self.bits < fewest:
+                raise OptionError("bits", self.bits, f"at least {fewest} with coder = fixed and this alphabet")
+        if self.levels is not None:
+            return
+        if not self.unbounded:
             values["levels"] = self.default_levels
         elif self.coder == "fixed":
             known = self.known_resolution
@@ -168,9 +170,6 @@ def levels_of_bits(bits: float) -> float:
 def packed_bits(half: int) -> float:
     """Bits a coordinate of packed digits 0 .. 2M (= `half`) and the escape in a full tile, with its size of escapes."""
     return 8 * (packing(half + 2).nbytes(TILE) + 2) / TILE
-
-
-_FEWEST_BITS = math.ceil(100 * packed_bits(1)) / 100
 
 
 def dumped(options: StepOptions) -> dict[str, Any]:

@@ -18,14 +18,14 @@ from ditherps.codecs.suited import magnitudes
 from ditherps.dither import TILE
 from ditherps.entropy.family import SCALES, SCALES_PER_OCTAVE, SHAPES, SPIKES, family, logarithms, root
 from ditherps.kernels import cpu
-from ditherps.kernels.coder import CHUNK, HEAD, REACH
+from ditherps.kernels.coder import CHUNK, HEAD, HEADROOM
 from ditherps.kernels.rans import LANES
 from ditherps.kernels.statistics import fit_tiles, model_bits
 from ditherps.kernels.tables import CELLS, ENTRIES
 
 FINENESS = 16  # steps tried between two neighbouring scales
 _OCTAVE = FINENESS * SCALES_PER_OCTAVE
-_REACH = 20  # octaves around the rms within which steps are looked for
+_OCTAVES = 20  # around the rms, within which steps are looked for
 _OVERHEAD = 8 * (HEAD + 8 + 3 * LANES) / CHUNK + 6 / TILE  # of chunks: heads, what states waste, parameters
 _ESCAPE_BITS = 10.0
 
@@ -55,13 +55,13 @@ def step_for_bits(x: NDArray[np.float32], options: StepOptions, *, subtract: boo
         def cost(place: int) -> float:
             return seen.bits(half, rms * _power(place))
 
-    low, high = -_REACH * _OCTAVE, _REACH * _OCTAVE  # in parts of an octave; bits fall as the step grows
+    low, high = -_OCTAVES * _OCTAVE, _OCTAVES * _OCTAVE  # in parts of an octave; bits fall as the step grows
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) > (options.bits or 0.0) else (low, middle)
     step = float(cpu.rounded_up(rms * _power(high), 1.0))
     size = float(np.array(largest, np.int32).view(np.float32))
-    reach = REACH if options.coder == "rans" else (options.levels or 0.5) + 2.0
+    reach = HEADROOM if options.coder == "rans" else (options.levels or 0.5) + 2.0
     if step * reach >= cpu.LARGEST or size + step >= cpu.LARGEST:
         raise BadInput(0, x.size, "too large: its reconstruction could overflow float32")
     return step

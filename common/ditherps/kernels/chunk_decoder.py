@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditherps.kernels.alphabets import Alphabet, digits_nbytes, unpack_digits
-from ditherps.kernels.coder import EXPLICIT, HEAD, Coder, use_explicit, use_low_bits, use_model
-from ditherps.kernels.cpu import LARGEST, Workspace
+from ditherps.kernels.coder import DECODE, EXPLICIT, HEAD, MATCH, Coder, get_head, use_explicit, use_low_bits, use_model
+from ditherps.kernels.cpu import Workspace
 from ditherps.kernels.escapes import get_number, unfolded
 from ditherps.kernels.explicit import get_table
 from ditherps.kernels.indices import add_part, add_shifted
@@ -19,39 +19,38 @@ from ditherps.kernels.tables import (
     CELLS,
 )
 
+FARTHEST_FOLDED = 2 * (2**31 - 2)  # of an escaped index
+
 
 @kernel
-def check_chunk(data: NDArray[np.uint8], count: Int, largest_step: float, work: Coder) -> bool:
-    """Whether `data` is a coded chunk of `count` coordinates that decodes to finite values: sizes, models, escapes."""
-    size = np.int64(data[0]) | np.int64(data[1]) << 8
-    lanes = np.int64(data[2])
-    words = np.int64(data[4]) | np.int64(data[5]) << 8 | np.int64(data[6]) << 16 | np.int64(data[7]) << 24
-    at = HEAD + size + 4 * lanes + 2 * words
+def check_chunk(data: NDArray[np.uint8], count: Int, work: Coder) -> Int:
+    """How many of a coded chunk's `count` coordinates lie in tiles of zeros; -1 where sizes or models are malformed.
+
+    Words and escapes need no check: whatever they are, they decode to finite values.
+    """
+    size, lanes, form, words = get_head(data)
     tiles = (count + TILE - 1) // TILE
     rows = work.parameters
-    if at > data.size or words > work.words.size or lanes not in (0, 1, LANES):
-        return False
+    if HEAD + size + 4 * lanes + 2 * words > data.size or words > work.words.size or lanes not in (0, 1, LANES):
+        return -1
     model = data[HEAD : HEAD + size]
-    if data[3] == EXPLICIT:
+    zero = 1 if form == EXPLICIT else ZERO_SHAPE
+    if form == EXPLICIT:
         if get_table(model, tiles, work.slots, rows)[0] < 0:
-            return False
+            return -1
     elif not get_parameters(model, tiles, rows):
-        return False
-    if lanes == 0:
-        for tile in range(tiles):
-            if rows[tile, 1] != (1 if data[3] == EXPLICIT else ZERO_SHAPE):
-                return False
+        return -1
+    zeros: Int = np.int64(0)
+    for tile in range(tiles):
+        if rows[tile, 1] == zero:
+            zeros += min(np.int64(TILE), count - tile * TILE)
+    if lanes == 0 and zeros < count:
+        return -1
     for lane in range(lanes):
         state = data[HEAD + size + 4 * lane : HEAD + size + 4 * lane + 4]
         if state[3] > 127 or (state[3] == 0 and state[2] == 0 and state[1] < 128):
-            return False
-    nibbles = data[at:]
-    nibble: Int = np.int64(0)
-    while nibble >> 1 < nibbles.size:
-        value, nibble = get_number(nibbles, nibble)
-        if value >= 1 << 32 or (np.float64(value >> 1) + 2.0) * largest_step > LARGEST:
-            return False
-    return True
+            return -1
+    return zeros
 
 
 @kernel
@@ -68,19 +67,18 @@ def accumulate_chunk(
     weight: np.float32,
 ) -> None:
     """into += weight * decoded, of a checked chunk that begins at coordinate `first` and has as many as `into`."""
-    size = np.int64(data[0]) | np.int64(data[1]) << 8
-    lanes = np.int64(data[2])
-    count = np.int64(data[4]) | np.int64(data[5]) << 8 | np.int64(data[6]) << 16 | np.int64(data[7]) << 24
+    size, lanes, form, count = get_head(data)
     tiles = (into.size + TILE - 1) // TILE
-    explicit = data[3] == EXPLICIT
+    explicit = form == EXPLICIT
     class_bits: Int = np.int64(0)
     low_bits: Int = np.int64(0)
     if explicit:
         class_bits, low_bits = get_table(data[HEAD : HEAD + size], tiles, work.slots, work.parameters)
-        use_explicit(class_bits, True, work)
+        use_explicit(class_bits, DECODE, work)
     else:
         get_parameters(data[HEAD : HEAD + size], tiles, work.parameters)
     zero = 1 if explicit else ZERO_SHAPE
+    purpose = MATCH if matched else DECODE
     states = work.states if lanes == LANES else work.one_state
     at = np.int64(HEAD + size)
     for lane in range(lanes):
@@ -104,7 +102,7 @@ def accumulate_chunk(
         if work.parameters[tile, 1] == zero:
             continue
         if not explicit:
-            class_bits, low_bits, _ = use_model(work.parameters[tile], dithered, True, work)
+            class_bits, low_bits, _ = use_model(work.parameters[tile], dithered, purpose, work)
         fill_lanes(stream, first + begin, n, work.lanes, work.scratch, into, end)
         classes, lane_row, cells, indices = work.classes[:n], work.lanes[:n], work.places[:n], work.indices[:n]
         count_of_classes, inverse = np.int32(1 << class_bits), np.int32(65536 >> class_bits)
@@ -127,7 +125,7 @@ def accumulate_chunk(
             for i in range(n):
                 if cells[i] >> class_bits == 0:
                     value, nibble = get_number(nibbles, nibble)
-                    indices[i] = np.int32(unfolded(value & 0xFFFFFFFF))
+                    indices[i] = np.int32(unfolded(min(value, np.int64(FARTHEST_FOLDED))))
                     wide = wide or bool(abs(indices[i]) > 63)
             nibble = (nibble + 1) & ~1
         segment = min(bucket, TILE)

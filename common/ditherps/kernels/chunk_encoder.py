@@ -11,7 +11,18 @@ from numpy.typing import NDArray
 
 from ditherps.entropy.family import SCALES_PER_OCTAVE
 from ditherps.kernels.alphabets import Alphabet, digits_nbytes, pack_digits
-from ditherps.kernels.coder import CODED, EXPLICIT, HEAD, PACKED, Coder, use_explicit, use_low_bits, use_model
+from ditherps.kernels.coder import (
+    CODED,
+    ENCODE,
+    EXPLICIT,
+    HEAD,
+    PACKED,
+    Coder,
+    put_head,
+    use_explicit,
+    use_low_bits,
+    use_model,
+)
 from ditherps.kernels.cpu import Workspace
 from ditherps.kernels.escapes import folded, put_number
 from ditherps.kernels.explicit import put_table, share_slots
@@ -19,7 +30,7 @@ from ditherps.kernels.indices import index_part, quantize_tile
 from ditherps.kernels.jit import Int, kernel
 from ditherps.kernels.parameters import ZERO_SHAPE, put_parameters
 from ditherps.kernels.philox import TILE, Stream, fill_lanes
-from ditherps.kernels.rans import LANES, LOWEST, PAD, SLOT_BITS, put_symbols
+from ditherps.kernels.rans import LOWEST, PAD, SLOT_BITS, put_symbols
 from ditherps.kernels.tables import (
     CELLS,
     ENTRIES,
@@ -28,7 +39,6 @@ from ditherps.kernels.tables import (
 )
 
 SMALL = 8192  # coordinates of a chunk below which one state is cheaper than sixteen
-MOST_MODEL_BYTES = 2048  # of parameters (57 bits a tile) or a table (41 bits a cell, and a bit a tile)
 GAIN = 0.9  # of the bits under the family's model, below which an explicit one is worth its table
 RARE_BITS = 28  # about what an index far outside takes, its escape included
 FIT_BITS = 1.5  # that a cell's own count seems to save in its sample, and does not
@@ -135,7 +145,7 @@ def prefers_explicit(
     row = work.parameters[0]
     fit(count, nonzero, total, squares, row, np.full(3, -1, np.int64), work.family)
     keep_narrow(count, nonzero, row, dithered, work)
-    class_bits, low_bits, bound = use_model(row, dithered, False, work)
+    class_bits, low_bits, bound = use_model(row, dithered, ENCODE, work)
     place_symbols(count, class_bits, low_bits, bound, work)
     family_bits = cost_of_places(count, work)
     work.counts[:] = 0
@@ -143,7 +153,7 @@ def prefers_explicit(
     if work.counts.sum() == 0:
         return refused
     share_slots(work.counts, work.slots)
-    use_explicit(class_bits, False, work)
+    use_explicit(class_bits, ENCODE, work)
     place_symbols(count, class_bits, low_bits, (np.int64(1) << class_bits) - 1, work)
     escape_the_rare(count, class_bits, work)
     cells: Int = np.int64(0)
@@ -181,17 +191,8 @@ def gather_explicit(
     share_slots(work.counts, work.slots)
     if work.slots.min() < 0:
         return False
-    use_explicit(class_bits, False, work)
+    use_explicit(class_bits, ENCODE, work)
     return True
-
-
-@kernel
-def put_head(size: Int, lanes: Int, form: Int, count: Int, out: NDArray[np.uint8]) -> None:
-    """Write a chunk's first bytes: u16, u8, u8, u32."""
-    for place, value in ((0, size), (1, size >> 8), (2, lanes), (3, form)):
-        out[place] = np.uint8(value)
-    for byte in range(4):
-        out[4 + byte] = np.uint8(count >> (8 * byte))
 
 
 @kernel
@@ -240,7 +241,7 @@ def encode_chunk(
     work: Coder,
     out: NDArray[np.uint8],
 ) -> Int:
-    """Write x[lo:hi] to `out`; return the bytes, or -1 where they would not fit or an index is too large.
+    """Write x[lo:hi] to `out`, which has room for all that a chunk may take; return the bytes, -1 for too large values.
 
     Under a model for each tile, or where `explicit` under the one that `gather_explicit` left, with these bits. `reach`
     becomes the largest |index|.
@@ -252,7 +253,6 @@ def encode_chunk(
     top: Int = np.int64(words.size)
     tail: Int = np.int64(work.escapes.size)
     tiles = (hi - lo + TILE - 1) // TILE
-    room = out.size - HEAD - 4 * LANES - MOST_MODEL_BYTES
     any_symbols = False
     last = np.full(3, -1, np.int64)
     for tile in range(tiles - 1, -1, -1):
@@ -276,7 +276,7 @@ def encode_chunk(
             fit(count, nonzero, total, squares, row, last, work.family)
             keep_narrow(count, nonzero, row, dithered, work)
             last = row
-            class_bits, low_bits, bound = use_model(row, dithered, False, work)
+            class_bits, low_bits, bound = use_model(row, dithered, ENCODE, work)
             escaped = place_symbols(count, class_bits, low_bits, bound, work)
         if escaped:
             down = 16 - class_bits
@@ -292,8 +292,6 @@ def encode_chunk(
             use_low_bits(low_bits, work.low_entries, work.low_reciprocals)
             top = put_symbols(work.lows, count, work.low_entries, work.low_reciprocals, states, words, top)
         top = put_symbols(work.places, count, work.entries, work.reciprocals, states, words, top)
-        if 2 * (words.size - top) + work.escapes.size - tail > room:
-            return -1
     if explicit:
         size = put_table(class_bits, low_bits, work.slots, rows, tiles, out[HEAD:])
     else:

@@ -30,7 +30,10 @@ CHUNK_TILES = 64
 CHUNK = CHUNK_TILES * TILE
 HEAD = 8  # bytes before the rest of a chunk
 CODED, PACKED, PLAIN, EXPLICIT = 0, 1, 2, 3  # forms of a chunk
-REACH = 2.0 ** (20)  # steps that every chunk must be able to hold as float32
+HEADROOM = 2.0**20  # steps that float32 must be able to hold: beyond what any symbol stands for
+MOST_BYTES = 10  # of a coordinate: words of its symbol and of its low bits, and nibbles of its escape
+MOST_MODEL_BYTES = 2048  # of parameters (57 bits a tile) or a table (41 bits a cell, and a bit a tile), and of states
+ENCODE, DECODE, MATCH = 0, 1, 2  # what tables are for
 ROW = 64
 
 
@@ -101,20 +104,23 @@ def coder() -> Coder:
             words=np.empty(2 * CHUNK + 2 * LANES, np.uint16),
             nibbles=np.empty(6 * TILE, np.uint8),
             escapes=np.empty(6 * CHUNK, np.uint8),
-            model=np.full(4, -1, np.int64),
+            model=np.full(5, -1, np.int64),
             slots=np.empty(CELLS, np.int64),
             counts=np.empty(CELLS, np.int64),
             used=np.empty(ENTRIES, np.int64),
             logarithms=logarithms(),
             reach=np.zeros(1, np.int64),
-            out=np.empty(HEAD + 4 * CHUNK, np.uint8),
+            out=np.empty(HEAD + MOST_MODEL_BYTES + MOST_BYTES * CHUNK, np.uint8),
         )
     return found
 
 
 @kernel
-def use_model(row: NDArray[np.int64], dithered: bool, decoding: bool, work: Coder) -> tuple[Int, Int, Int]:
-    """Fill the tables of a tile's parameters where they are not those of the last; (class bits, low bits, bound)."""
+def use_model(row: NDArray[np.int64], dithered: bool, purpose: Int, work: Coder) -> tuple[Int, Int, Int]:
+    """Fill the tables of a tile's parameters where they are not those of the last; (class bits, low bits, bound).
+
+    `purpose` is `ENCODE`, `DECODE` or `MATCH`, decoding with the matched reconstruction.
+    """
     scale, shape, spike = row
     class_bits, low_bits = resolution_of(scale, shape, dithered, work.family)
     key = scale | shape << 8 | spike << 12 | np.int64(dithered) << 20
@@ -123,25 +129,27 @@ def use_model(row: NDArray[np.int64], dithered: bool, decoding: bool, work: Code
         model[1] = fill_cumulative(scale, shape, spike, class_bits, low_bits, dithered, work.family, work.cumulative)
         fill_entries(work.cumulative, class_bits, work.entries)
         model[0] = key
-    if decoding and model[2] != key:
-        fill_nearest(work.cumulative, work.nearest)
-        fill_offsets(scale, shape, spike, class_bits, work.family, work.offsets)
-        model[2] = key
-    elif not decoding and model[3] != key:
+    if purpose == ENCODE and model[2] != key:
         fill_reciprocals(work.entries, work.reciprocals)
+        model[2] = key
+    if purpose != ENCODE and model[3] != key:
+        fill_nearest(work.cumulative, work.nearest)
         model[3] = key
+    if purpose == MATCH and model[4] != key:
+        fill_offsets(scale, shape, spike, class_bits, work.family, work.offsets)
+        model[4] = key
     return class_bits, low_bits, model[1]
 
 
 @kernel
-def use_explicit(class_bits: Int, decoding: bool, work: Coder) -> None:
+def use_explicit(class_bits: Int, purpose: Int, work: Coder) -> None:
     """Fill the tables from `slots`; those of the next tile with parameters are then made anew."""
     fill_from_slots(work.slots, work.cumulative)
     fill_entries(work.cumulative, class_bits, work.entries)
-    if decoding:
-        fill_nearest(work.cumulative, work.nearest)
-    else:
+    if purpose == ENCODE:
         fill_reciprocals(work.entries, work.reciprocals)
+    else:
+        fill_nearest(work.cumulative, work.nearest)
     work.model[:] = -1
 
 
@@ -152,3 +160,20 @@ def use_low_bits(bits: Int, entries: NDArray[np.uint32], reciprocals: NDArray[np
     for value in range(np.int64(1) << bits):
         entries[value] = np.uint32(value * freq | freq << 16)
         reciprocals[value] = np.uint64((np.int64(1) << 43) // freq)
+
+
+@kernel
+def put_head(size: Int, lanes: Int, form: Int, count: Int, out: NDArray[np.uint8]) -> None:
+    """Write a chunk's first bytes: u16, u8, u8, u32."""
+    for place, value in ((0, size), (1, size >> 8), (2, lanes), (3, form)):
+        out[place] = np.uint8(value)
+    for byte in range(4):
+        out[4 + byte] = np.uint8(count >> (8 * byte))
+
+
+@kernel
+def get_head(data: NDArray[np.uint8]) -> tuple[Int, Int, Int, Int]:
+    """Bytes of the models (or the reach), states, form, words of a chunk."""
+    size = np.int64(data[0]) | np.int64(data[1]) << 8
+    count = np.int64(data[4]) | np.int64(data[5]) << 8 | np.int64(data[6]) << 16 | np.int64(data[7]) << 24
+    return size, np.int64(data[2]), np.int64(data[3]), count

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditherps.kernels.coder import ROW, Coder
-from ditherps.kernels.jit import Int, kernel
+from ditherps.kernels.cpu import LARGEST
+from ditherps.kernels.jit import Int, inlined, kernel
 from ditherps.kernels.philox import TILE
 from ditherps.kernels.tables import (
     OFFSET_BITS,
@@ -45,15 +46,13 @@ def index_part(
     if largest >= NARROW:
         for i in range(count):
             exact = np.floor(np.float64(source[i]) / step + (np.float64(random[i]) + 0.5) / 65536.0)
-            fits &= np.abs(exact) <= WIDEST
+            size = np.float64(source[i]) / step
+            fits &= np.abs(size) <= WIDEST  # whatever the dither: nothing that is reconstructed may depend on it
             indices[i] = np.int32(min(max(exact, -WIDEST), WIDEST))
-            scaled[i] = np.float32(np.float64(source[i]) / step)
-        unit = 1.0
-    else:
-        unit = 2.0**-16
+            scaled[i] = np.float32(size * 65536.0)
     for i in range(count):
-        size = np.int32(-indices[i]) if indices[i] < 0 else indices[i]
-        farthest = size if size > farthest else farthest
+        distance = np.int32(-indices[i]) if indices[i] < 0 else indices[i]
+        farthest = distance if distance > farthest else farthest
     work.reach[0] = max(work.reach[0], np.int64(farthest))
     sums = work.sums
     sums[:] = np.float32(0.0)
@@ -66,7 +65,7 @@ def index_part(
     for lane in range(ROW):
         total += np.float64(sums[lane])
         squares += np.float64(sums[ROW + lane])
-    return total * unit, squares * unit * unit, np.int64(nonzero), fits
+    return total * 2.0**-16, squares * 2.0**-32, np.int64(nonzero), fits
 
 
 @kernel
@@ -85,6 +84,12 @@ def quantize_tile(
     return total, squares, nonzero, fits
 
 
+@inlined
+def finite(value: float) -> np.float32:
+    """Rounded to float32; cut at the largest, which only a forger or a value next to it exceeds."""
+    return np.float32(min(max(value, -LARGEST), LARGEST))
+
+
 @kernel
 def add_part(
     indices: NDArray[np.int32],
@@ -100,11 +105,11 @@ def add_part(
     q, random = indices[first : first + into.size], lanes[first : first + into.size]
     if not dithered:
         for i in range(into.size):
-            into[i] += weight * np.float32(np.float64(q[i]) * step)
+            into[i] += weight * finite(np.float64(q[i]) * step)
     elif wide:
         for i in range(into.size):
             u = (np.float64(random[i]) + 0.5) / 65536.0 - 0.5
-            into[i] += weight * np.float32((np.float64(q[i]) - u) * step)
+            into[i] += weight * finite((np.float64(q[i]) - u) * step)
     else:
         # In units of 2^-16 step: integers and one half, below 2^23, so exact until the multiplication.
         scale = np.float32(step * 2.0**-16)
@@ -129,7 +134,7 @@ def add_shifted(
     if wide:
         for i in range(into.size):
             offset = np.float64(offsets[random[i] >> (16 - OFFSET_BITS)]) / 131072.0
-            into[i] += weight * np.float32((np.float64(q[i]) - offset) * step)
+            into[i] += weight * finite((np.float64(q[i]) - offset) * step)
     else:
         scale = np.float32(step * 2.0**-17)
         for i in range(into.size):
