@@ -324,6 +324,21 @@ def test_forms_that_suit_the_values() -> None:
     assert few.nbytes <= HEADER.size + 4 + 8 + HEAD + 2
 
 
+def test_an_own_payload_is_never_refused_for_its_range() -> None:
+    """Escapes are checked against the largest step of all buckets: far ones beside huge steps travel as values."""
+    for resolution, bucket, size in (
+        (1e-6, 2048, 3e37),
+        (1e-4, CHUNK, 1e36),
+        (2.0**-20, 64, 1e37),
+        (1e-3, CHUNK, 1e35),
+    ):
+        used = make("dqsg", {"resolution": resolution, "bucket": bucket})
+        x = torch.zeros(2 * CHUNK)
+        x[5] = 1e-3
+        x[CHUNK:] = source("gaussian", CHUNK) * size
+        check(used, x)
+
+
 def test_plain_chunks_decode_to_the_values_themselves() -> None:
     used = make("dqsg", {"resolution": 2.0**-20})
     x = source("gaussian", 5)

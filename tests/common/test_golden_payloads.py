@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ditherps import Address, Domain, Encoded, codec
 from ditherps.codecs import Codec, codec_names
 from ditherps.codecs.base import FORMAT_VERSION, Role
 from ditherps.dither import dither, lanes
+from ditherps.kernels.coder import CHUNK
 
 GOLDEN = Path(__file__).parent / "golden" / "payloads_v2.json"
 ADDRESS = Address(seed=2**40 + 3, round=5, sender=2, domain=Domain.UPDATE, start=4097)
@@ -112,6 +114,12 @@ INPUTS = [
     *((make, 5000) for make in (gaussian, heavy, integers, zeros)),
     *((make, SMALL) for make in (gaussian, integers)),
 ]
+LONG = (gaussian, CHUNK + 9000)  # for entropy-coded payloads: two chunks, and sixteen states
+
+
+def inputs_of(name: str) -> list[tuple[Callable[[int], NDArray[np.float32]], int]]:
+    """The inputs of a codec by the text of its options."""
+    return [*INPUTS, LONG] if '"coder": "rans"' in name else INPUTS
 
 
 def used_codecs() -> dict[str, Codec]:
@@ -138,7 +146,7 @@ def values_of(used: Codec, payload: bytes, x: NDArray[np.float32]) -> str:
 def entries(name: str) -> dict[str, dict[str, Any]]:
     """What today's code writes and reads, for each input."""
     used, out = used_codecs()[name], {}
-    for make, n in INPUTS:
+    for make, n in inputs_of(name):
         x = make(n)
         payload = used.encode(torch.from_numpy(x), ADDRESS).to_bytes()
         entry: dict[str, Any] = {"bytes": len(payload), "payload": sha(payload), "decoded": values_of(used, payload, x)}
@@ -150,7 +158,7 @@ def entries(name: str) -> dict[str, dict[str, Any]]:
 
 def inputs() -> dict[str, str]:
     """The digest of each input."""
-    return {f"{make.__name__} {n}": sha(make(n).astype("<f4").tobytes()) for make, n in INPUTS}
+    return {f"{make.__name__} {n}": sha(make(n).astype("<f4").tobytes()) for make, n in [*INPUTS, LONG]}
 
 
 @functools.cache
