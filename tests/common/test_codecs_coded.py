@@ -302,20 +302,15 @@ def test_forms_that_suit_the_values() -> None:
     n = 100_000
     rng = np.random.default_rng(0)
     uniform = torch.from_numpy(rng.uniform(-1, 1, n).astype(np.float32))
-    far = torch.zeros(32 * CHUNK)
-    far[5 * CHUNK + 7] = 1.0  # 2^31.5 steps of 2^-20 rms
     for used, x, expected in (
         (make("dqsg", {}), source("gaussian", n), {CODED}),
         (make("dqsg", {}), source("spike", n), {CODED, EXPLICIT}),
         (make("dqsg", {"step": "max", "levels": 7}), uniform, {CODED, EXPLICIT, PACKED}),
         (make("maxnorm", {"bits": 15}), uniform, {CODED, EXPLICIT, PACKED}),
         (make("dqsg", {}), torch.tensor([0.5, -1.0, 0.2]), {PACKED, CODED}),
-        (make("dqsg", {"resolution": 2.0**-20}), far, {CODED, PLAIN}),
-        (make("dqsg", {"resolution": 2.0**-20}), source("gaussian", 5), {PLAIN}),
     ):
         encoded = used.encode(x, ADDRESS)
         assert set(forms(used, encoded)) <= expected
-        assert (PLAIN in expected) == (PLAIN in forms(used, encoded))
         assert encoded.nbytes <= used.max_nbytes(x.numel())
         check(used, x)
     assert make("maxnorm", {"bits": 7}).encode(uniform, ADDRESS).bits_per_coordinate <= 8.01
@@ -341,9 +336,16 @@ def test_an_own_payload_is_never_refused_for_its_range() -> None:
 
 def test_plain_chunks_decode_to_the_values_themselves() -> None:
     used = make("dqsg", {"resolution": 2.0**-20})
-    x = source("gaussian", 5)
+    x = torch.zeros(32 * CHUNK)
+    x[-CHUNK + 7] = 1.2345  # 2^31.5 steps of 2^-20 rms
+    x[-1] = -1e-9
+    x[3] = 1e-4
     encoded = used.encode(x, ADDRESS)
-    assert torch.equal(used.decode(encoded, ADDRESS), x)
+    assert forms(used, encoded)[31] == PLAIN
+    assert PLAIN not in forms(used, encoded)[:31]
+    span = (31 * CHUNK, 32 * CHUNK)
+    assert torch.equal(used.decode(encoded, ADDRESS, span=span), x[span[0] :])
+    check(used, x)
     payload = bytearray(encoded.to_bytes())
     payload[-4:] = np.float32(np.nan).tobytes()
     with pytest.raises(PayloadError):

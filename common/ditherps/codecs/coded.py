@@ -96,9 +96,9 @@ class CodedLayout:
         n = x.size
         map_: Callable[..., object] = map if pool is None else pool.map
         steps = self._steps(x, map_) if step is None else np.full(self.buckets(n), step, np.float32)
-        stream, bucket, largest = address.stream(n), self._bucket(n), float(steps.max(initial=0.0))
+        stream, bucket = address.stream(n), self._bucket(n)
         chunks: list[Bytes] = list(
-            map_(lambda lo: self._chunk(x, lo, min(lo + CHUNK, n), stream, bucket, steps, largest), range(0, n, CHUNK))  # type: ignore[call-overload]
+            map_(lambda lo: self._chunk(x, lo, min(lo + CHUNK, n), stream, bucket, steps), range(0, n, CHUNK))  # type: ignore[call-overload]
         )
         front = self._front(n)
         data = np.empty(front + sum(chunk.size for chunk in chunks), np.uint8)
@@ -148,14 +148,7 @@ class CodedLayout:
         return steps
 
     def _chunk(
-        self,
-        x: NDArray[np.float32],
-        lo: int,
-        hi: int,
-        stream: Stream,
-        bucket: int,
-        steps: NDArray[np.float32],
-        largest_step: float,
+        self, x: NDArray[np.float32], lo: int, hi: int, stream: Stream, bucket: int, steps: NDArray[np.float32]
     ) -> Bytes:
         """The bytes of one chunk, in the form that takes the fewest."""
         work = coder()
