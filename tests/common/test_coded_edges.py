@@ -11,6 +11,7 @@ from ditherps.codecs import Codec, Role
 from ditherps.codecs.base import HEADER, checksum
 from ditherps.kernels.coder import CHUNK, HEAD, PLAIN
 from ditherps.kernels.escapes import put_nibble
+from ditherps.kernels.jit import Int
 from tests.sealing import sealed
 
 
@@ -25,7 +26,7 @@ def with_escapes(used: Codec, payload: bytes, nibbles: list[int]) -> bytes:
     end = HEAD + int.from_bytes(chunk[:2], "little") + 4 * chunk[2] + 2 * int.from_bytes(chunk[4:8], "little")
     forged = np.zeros(end + (len(nibbles) + 1) // 2, np.uint8)
     forged[:end] = np.frombuffer(chunk[:end], np.uint8)
-    place = 0
+    place: Int = 0
     for nibble in nibbles:
         place = put_nibble(nibble, forged[end:], place)
     directory = np.array([forged.size, checksum(forged)], "<u4").tobytes()

@@ -110,14 +110,15 @@ def zeros(n: int) -> NDArray[np.float32]:
     return np.zeros(n, np.float32)
 
 
-INPUTS = [
+Input = tuple[Callable[[int], NDArray[np.float32]], int]
+INPUTS: list[Input] = [
     *((make, 5000) for make in (gaussian, heavy, integers, zeros)),
     *((make, SMALL) for make in (gaussian, integers)),
 ]
-LONG = (gaussian, CHUNK + 9000)  # for entropy-coded payloads: two chunks, and sixteen states
+LONG: Input = (gaussian, CHUNK + 9000)  # for entropy-coded payloads: two chunks, and sixteen states
 
 
-def inputs_of(name: str) -> list[tuple[Callable[[int], NDArray[np.float32]], int]]:
+def inputs_of(name: str) -> list[Input]:
     """The inputs of a codec by the text of its options."""
     return [*INPUTS, LONG] if '"coder": "rans"' in name else INPUTS
 

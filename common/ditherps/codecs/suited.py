@@ -36,7 +36,7 @@ class Magnitudes(NamedTuple):
         beyond = sizes[first:] - 0.5 * half
         nibbles = np.ones_like(beyond)
         for group in range(1, 11):
-            nibbles += beyond >= 0.5 * 8.0**group
+            nibbles += beyond >= 0.5 * 8.0**group - 0.5
         escapes = math.fsum((self.shares[first:] * np.minimum(beyond, 1.0) * nibbles).tolist())
         return packed_bits(half) + 4 / TILE + 4 * escapes  # half a byte a tile is lost to rounding
 

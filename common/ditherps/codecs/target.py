@@ -26,7 +26,7 @@ from ditherps.kernels.tables import CELLS, ENTRIES
 FINENESS = 16  # steps tried between two neighbouring scales
 _OCTAVE = FINENESS * SCALES_PER_OCTAVE
 _OCTAVES = 20  # around the rms, within which steps are looked for
-_OVERHEAD = 8 * (HEAD + 8 + 3 * LANES) / CHUNK + 6 / TILE  # of chunks: heads, what states waste, parameters
+_OVERHEAD = 8 * (HEAD + 8 + 3 * LANES) / CHUNK + 10 / TILE  # of chunks: heads, what states waste, parameters
 _ESCAPE_BITS = 10.0
 
 
@@ -59,7 +59,10 @@ def step_for_bits(x: NDArray[np.float32], options: StepOptions, *, subtract: boo
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) > (options.bits or 0.0) else (low, middle)
-    step = float(cpu.rounded_up(rms * _power(high), 1.0))
+    # Between two steps tried, bits are nearly a line.
+    fine, coarse = cost(low), cost(high)
+    part = min(max((fine - (options.bits or 0.0)) / (fine - coarse), 0.0), 1.0) if fine > coarse else 1.0
+    step = float(cpu.rounded_up(rms * (_power(low) + part * (_power(high) - _power(low))), 1.0))
     size = float(np.array(largest, np.int32).view(np.float32))
     reach = HEADROOM if options.coder == "rans" else (options.levels or 0.5) + 2.0
     if step * reach >= cpu.LARGEST or size + step >= cpu.LARGEST:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditherps.entropy.family import Family
+from ditherps.kernels.coder import ROW
 from ditherps.kernels.jit import Int, kernel
 from ditherps.kernels.philox import TILE
 from ditherps.kernels.rans import PAD, SLOT_BITS, SLOTS
@@ -26,18 +27,29 @@ def count_magnitudes(bits: NDArray[np.int32], counts: NDArray[np.int64]) -> None
 def fit_tiles(x: NDArray[np.float32], unit: float, family: Family, rows: NDArray[np.int64]) -> None:
     """`rows[tile]` = scale, shape and spike of |x| / unit in each tile, and its coordinates; scale -1 for zeros."""
     none = np.full(3, -1, np.int64)
+    sums = np.empty(2 * ROW, np.float64)
     for tile in range(rows.shape[0]):
-        total, squares, nonzero = 0.0, 0.0, np.int64(0)
         part = x[tile * TILE : (tile + 1) * TILE]
-        for value in part:
-            size = np.abs(np.float64(value)) / unit
-            total += size
-            squares += size * size
-            nonzero += value != np.float32(0.0)
+        sums[:] = 0.0
+        nonzero = np.int32(0)
+        for first in range(0, part.size, ROW):
+            row = part[first : first + ROW]
+            for lane in range(row.size):
+                size = np.float64(np.abs(row[lane]))
+                sums[lane] += size
+                sums[ROW + lane] += size * size
+                nonzero = np.int32(nonzero + np.int32(row[lane] != np.float32(0.0)))
+        total, squares = 0.0, 0.0
+        for lane in range(ROW):
+            total += sums[lane]
+            squares += sums[ROW + lane]
         rows[tile, 0] = -1
         rows[tile, 3] = part.size
         if nonzero and squares > 0.0:
-            fit(np.int64(part.size), nonzero, total, squares, rows[tile, :3], none, family)
+            fit(
+                np.int64(part.size), np.int64(nonzero), total / unit, squares / (unit * unit), rows[tile, :3], none,
+                family,
+            )  # fmt: skip
 
 
 @kernel
