@@ -163,7 +163,8 @@ def test_values_are_within_a_step(of: Case) -> None:
 def test_every_form_and_model_occurs() -> None:
     """Or the comparisons above would say less than they seem to."""
     chunks = [chunk for of in CASES for chunk in known(of).chunks]
-    assert {chunk.form for chunk in chunks} == {coded.OWN, coded.PACKED, coded.PLAIN, coded.EXPLICIT}
+    # A plain chunk takes 2^22 coordinates, too many for the reference: test_codecs_coded.py has one.
+    assert {chunk.form for chunk in chunks} == {coded.OWN, coded.PACKED, coded.EXPLICIT}
     for form, fewest in ((coded.OWN, 5), (coded.EXPLICIT, 3)):
         models = {(m.class_bits, m.low_bits) for c in chunks if c.form == form for m in c.models if m is not None}
         assert len(models) >= fewest

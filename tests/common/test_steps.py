@@ -55,7 +55,7 @@ def _student(rng: np.random.Generator) -> Any:
         ({"nmse": 0}, "nmse = 0", "above 1e-12"),
         ({"bits": 17}, "bits = 17", "0.1 to 15"),
         ({"bits": 0.05, "coder": "rans"}, "bits = 0.05", "0.1 to 15"),
-        ({"bits": 3, "levels": 20}, "bits = 3.0", "at least 5"),
+        ({"bits": 3, "levels": 20}, "bits = 3.0", "at least 6.01"),
         ({"bits": 2, "bucket": 4096}, "bucket = 4096", "one step for the whole vector"),
         ({"bits": 1.5}, "bits = 1.5", "at least 1.6"),
         ({"coder": "rans", "levels": 2, "step": "rms"}, "levels = 2.0", "max or l2"),
