@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditherps.codecs.base import HEADER, BadInput, Bytes, Encoded, Span, checksum
+from ditherps.codecs.buckets import BucketLayout
 from ditherps.codecs.steps import MAX_LEVELS, StepOptions
 from ditherps.dither import Address
 from ditherps.errors import PayloadError, Reason
@@ -51,7 +52,7 @@ class Index(NamedTuple):
     exact: int
 
 
-class CodedLayout:
+class CodedLayout(BucketLayout):
     """Header, steps, directory, chunks. The header's checksum covers the first three, the directory holds the chunks'.
 
     Attributes:
@@ -61,20 +62,8 @@ class CodedLayout:
     chunk_coordinates = CHUNK
 
     def __init__(self, options: StepOptions, *, subtract: bool, matched: bool = False) -> None:
-        self._options = options
-        self._subtract, self._matched = subtract, matched
-
-    @property
-    def subtracts_dither(self) -> bool:
-        """Whether the dither itself is subtracted, so that the error does not depend on the vector."""
-        return self._subtract and not self._matched
-
-    def _bucket(self, coordinates: int) -> int:
-        return self._options.width or max(coordinates, 1)
-
-    def buckets(self, coordinates: int) -> int:
-        """How many steps a payload has."""
-        return -(-coordinates // self._bucket(coordinates))
+        super().__init__(options, subtract=subtract, subtracts_dither=subtract and not matched)
+        self._matched = matched
 
     def _front(self, coordinates: int) -> int:
         """Bytes before the chunks."""
@@ -84,10 +73,6 @@ class CodedLayout:
         """What the finest steps could take: a symbol, its low bits and its escape for every coordinate."""
         chunks = -(-coordinates // CHUNK)
         return self._front(coordinates) + (HEAD + MOST_MODEL_BYTES) * chunks + MOST_BYTES * coordinates
-
-    def steps(self, data: Bytes, coordinates: int) -> NDArray[np.float32]:
-        """The steps in a payload's bytes."""
-        return data[HEADER.size : HEADER.size + 4 * self.buckets(coordinates)].view(np.float32)
 
     def encode(
         self, x: NDArray[np.float32], address: Address, step: float | None, pool: Executor | None

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditherps.codecs.base import HEADER, BadInput, Bytes, Encoded, Span
+from ditherps.codecs.buckets import BucketLayout
 from ditherps.codecs.steps import StepOptions
 from ditherps.dither import TILE, Address
 from ditherps.errors import PayloadError, Reason
@@ -30,7 +31,7 @@ class Index(NamedTuple):
     offsets: NDArray[np.int64]
 
 
-class FixedLayout:
+class FixedLayout(BucketLayout):
     """Header, steps, sizes of escapes, tiles, escapes; the middle and the last only where the rule has escapes.
 
     Attributes:
@@ -41,24 +42,11 @@ class FixedLayout:
 
     def __init__(self, options: StepOptions, *, subtract: bool, alpha: float = 1.0, ratio: int = 0) -> None:
         assert options.levels is not None  # filled in by the model
-        self._options = options
-        self._alpha, self._ratio, self._subtract = alpha, ratio, subtract
+        super().__init__(options, subtract=subtract, subtracts_dither=subtract)
+        self._alpha, self._ratio = alpha, ratio
         self._half = round(2 * options.levels)
         self._escapes = options.unbounded and not ratio
         self._form = alphabet(ratio or self._half + 1 + self._escapes)
-
-    @property
-    def subtracts_dither(self) -> bool:
-        """Whether the dither is subtracted, so that the error does not depend on the vector."""
-        return self._subtract
-
-    def _bucket(self, coordinates: int) -> int:
-        """Coordinates that share a step: the option, or all of them."""
-        return self._options.width or max(coordinates, 1)
-
-    def buckets(self, coordinates: int) -> int:
-        """How many steps a payload has."""
-        return -(-coordinates // self._bucket(coordinates))
 
     def _scheme(self, coordinates: int) -> cpu.Scheme:
         rule = {"max": cpu.MAX_RULE, "l2": cpu.L2_RULE}.get(self._options.step or "", cpu.RMS_RULE)
@@ -103,10 +91,6 @@ class FixedLayout:
         square = coordinates / (most * resolution**2)
         nibbles = min(float(ESCAPE_NIBBLES), 1 + math.log(2 * math.sqrt(square) + 4, 8))
         return math.ceil(most * nibbles / 2) + self._sizes(coordinates)
-
-    def steps(self, data: Bytes, coordinates: int) -> NDArray[np.float32]:
-        """The steps in a payload's bytes."""
-        return data[HEADER.size : HEADER.size + 4 * self.buckets(coordinates)].view(np.float32)
 
     def encode(
         self, x: NDArray[np.float32], address: Address, step: float | None, pool: Executor | None
