@@ -25,11 +25,18 @@ Coder = Literal["fixed", "rans"]
 _CODER = "fixed (packed, all indices as wide as another), rans (entropy-coded)"
 
 
+class QsgdOptions(StepOptions):
+    """As of any uniform quantizer, but with a zero among the levels."""
+
+    whole = True
+
+
 class QsgdCodec(IntegerCodec):
     """QSGD (Alistarh et al., NeurIPS 2017): `step=max` or `step=l2` is its norm, `levels` its s."""
 
     name = "qsgd"
     tag = 5
+    Options = QsgdOptions
     subtract = False
 
 

@@ -22,6 +22,7 @@ class StepOptions(Options):
 
     default_levels: ClassVar[float] = 1.0
     default_bucket: ClassVar[int] = TILE
+    whole: ClassVar[bool] = False  # whether only whole numbers are chosen for `levels`: half ones have no zero
 
     coder: Literal["fixed", "rans"] = Field(
         "fixed", description="fixed (packed, all indices as wide as another), rans (entropy-coded)"
@@ -92,7 +93,9 @@ class StepOptions(Options):
             values["levels"] = self.default_levels
         elif self.coder == "fixed":
             known = self.known_resolution
-            values["levels"] = levels_for(known) if known is not None else levels_of_bits(self.bits or 0.0)
+            values["levels"] = (
+                levels_for(known, self.whole) if known is not None else levels_of_bits(self.bits or 0.0, self.whole)
+            )
 
     @property
     def width(self) -> int:
@@ -125,16 +128,16 @@ def escape_nibbles(shrink: float) -> float:
 
 
 @functools.cache
-def levels_for(resolution: float) -> float:
-    """The M (of 1/2, 1, 3/2 ... 127) with the fewest expected bits for a Laplace source of step `resolution` * rms.
+def levels_for(resolution: float, whole: bool = False) -> float:
+    """The M (of 1/2, 1, 3/2 ... 127, or `whole`) with the fewest expected bits for a Laplace source.
 
-    Counted are packed digits and escapes. With s = sqrt(2) * resolution, an index is outside with probability
-    P = exp(-s (M + 1/2)) sinh(s/2) / (s/2), the Laplace tail averaged over the dither.
+    The step is `resolution` * rms. Counted are packed digits and escapes. With s = sqrt(2) * resolution, an index is
+    outside with probability P = exp(-s (M + 1/2)) sinh(s/2) / (s/2), the Laplace tail averaged over the dither.
     """
-    best, fewest = 0.5, math.inf
+    best, fewest = 1.0 if whole else 0.5, math.inf
     s = math.sqrt(2) * resolution
     nibbles = escape_nibbles(math.exp(-s))
-    for half in range(1, 255):
+    for half in range(2 if whole else 1, 255, 2 if whole else 1):
         outside = (math.exp(-s * half / 2) - math.exp(-s * (half / 2 + 1))) / s
         bits = packed_bits(half) + 4 * outside * nibbles
         if bits < fewest:
@@ -143,13 +146,13 @@ def levels_for(resolution: float) -> float:
 
 
 @functools.cache
-def levels_of_bits(bits: float) -> float:
+def levels_of_bits(bits: float, whole: bool = False) -> float:
     """The M with which `bits` a coordinate reach the smallest step for a Gaussian source.
 
     Each alphabet leaves some bits for escapes, which say how many standard deviations it may cover.
     """
-    best, finest = 0.5, math.inf
-    for half in range(1, 255):
+    best, finest = 1.0 if whole else 0.5, math.inf
+    for half in range(2 if whole else 1, 255, 2 if whole else 1):
         room = bits - packed_bits(half)
         if room <= 0:
             continue
