@@ -6,6 +6,7 @@ of their index, sources before nested, so the sum does not depend on arrival, th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
@@ -48,7 +49,7 @@ def weighted_mean(
         raise RefusedError(Reason.NO_SIDE_INFORMATION, "nested contributions without any source to decode them with")
     total = sum(sender.weight for sender in ordered)
     sources, nested = ([replace(sender, weight=sender.weight / total) for sender in part] for part in (sources, nested))
-    unit = max([TILE * CHUNK_TILES, *(sender.codec.chunk_coordinates for sender in ordered)])
+    unit = math.lcm(TILE * CHUNK_TILES, *(sender.codec.chunk_coordinates for sender in ordered))
     spans = [(first, min(first + unit, len(into))) for first in range(0, len(into), unit)]
 
     def add(span: tuple[int, int]) -> DecodeReport:

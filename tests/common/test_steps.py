@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ditherps import Address, Domain, codec
 from ditherps.codecs import Codec, parse
-from ditherps.codecs.steps import StepOptions, dumped, escape_nibbles, levels_for, levels_of_bits, packed_bits
+from ditherps.codecs.steps import StepOptions, escape_nibbles, levels_for, levels_of_bits, packed_bits
 from ditherps.errors import OptionError
 from ditherps.kernels.escapes import ESCAPE_NIBBLES, MOST_NIBBLES
 
@@ -94,10 +94,10 @@ def test_a_dump_is_complete_and_describes_the_same_codec(given: dict[str, Any], 
         left = {"resolution", "nmse", "bits", "levels"} - set(expected)
         assert all(everything[option] is None for option in left)
         assert isinstance(used.options, StepOptions)
-        for again in (codec(name, **everything), codec(name, **dumped(used.options))):
+        for again in (codec(name, **everything), codec(name, **used.options.model_dump(exclude_none=True))):
             assert again == used
             assert again.digest == used.digest
-        spec = ",".join(f"{option}={value}" for option, value in dumped(used.options).items())
+        spec = ",".join(f"{option}={value}" for option, value in used.options.model_dump(exclude_none=True).items())
         assert parse(f"{name}:{spec}") == used
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -173,8 +173,3 @@ def levels_of_bits(bits: float, whole: bool = False) -> float:
 def packed_bits(half: int) -> float:
     """Bits a coordinate of packed digits 0 .. 2M (= `half`) and the escape in a full tile, with its size of escapes."""
     return 8 * (packing(half + 2).nbytes(TILE) + 2) / TILE
-
-
-def dumped(options: StepOptions) -> dict[str, Any]:
-    """The options without those that are not set: what a spec would say."""
-    return {name: value for name, value in options.model_dump().items() if value is not None}
