@@ -69,9 +69,9 @@ def shown(what: RenderableType) -> str:
 def test_records_hold_what_they_promise() -> None:
     records = bench.run(coordinates=1 << 15, repeats=1)
     assert [r["codec"] for r in records] == [spec.partition(":")[0] for spec in bench.DEFAULT_CODECS]
-    for record in records:
+    for spec, record in zip(bench.DEFAULT_CODECS, records, strict=True):
         assert set(record) >= KEYS
-        assert abs(record["bias_z"]) < 4
+        assert (abs(record["bias_z"]) < 4) == parse(spec).unbiased or spec == "bf16"  # whose bias is too small to see
         assert parse(record["spec"]).options.model_dump() == record["options"]
     ternary = next(r for r in records if r["spec"] == "dqsg:levels=1")
     assert ternary["bits_per_coordinate"] <= 1.62
