@@ -6,8 +6,8 @@ The error of each coordinate is uniform over one step, zero-mean and independent
 With `coder=rans` there is a better reconstruction. The index q alone is unbiased (stochastic rounding), and stays so
 when any function of the dither with mean zero is added. Subtracting the dither is one choice, and the best one only for
 values that spread over many steps. `reconstruct=matched` subtracts E[q | u] by the model that codes the tile: the same
-bits, exactly as unbiased, and on gradients, with their zeros and small values, a third less squared error or
-half of it. What is lost is the bound: an error may exceed half a step, and depends on the value.
+bits, exactly as unbiased, and 5 to 50 % less squared error on saved gradients at an NMSE of 0.1, most where many values
+are zero or small. What is lost is the bound: an error may exceed half a step, and depends on the value.
 """
 
 from __future__ import annotations
