@@ -28,6 +28,7 @@ def local(
     rounds: options.Rounds = None,
     codec: options.CodecName = None,
     codec_option: options.CodecOptions = None,
+    downlink_codec: options.DownlinkCodec = None,
     mode: options.Mode = None,
     seed: options.Seed = None,
     set_: options.Set = None,
@@ -41,7 +42,7 @@ def local(
     from ditherps.job import resolve_job
     from ditherps.local import run_local
 
-    flags = options.job_flags(task, model, workers, rounds, codec, codec_option, mode, seed, set_)
+    flags = options.job_flags(task, model, workers, rounds, codec, codec_option, downlink_codec, mode, seed, set_)
     job = resolve_job(flags, config)
     folder = run_dir or options.default_run_dir(job.config.task, job.config.codec)
     result, exit_code = run_local(job, folder, data_dir, verbose=verbose)
@@ -57,6 +58,7 @@ def compare(
             "--codec", "-c", help="NAME or NAME:option=value,...; repeat it for each codec.", show_default=False
         ),
     ],
+    downlink_codec: options.DownlinkCodec = None,
     task: options.Task = None,
     model: options.Model = None,
     workers: options.Workers = None,
@@ -73,7 +75,7 @@ def compare(
     """Train one task under several codecs on this machine, one after another, and compare what it cost."""
     from ditherps import compare as comparing
 
-    flags = options.job_flags(task, model, workers, rounds, None, None, mode, seed, set_)
+    flags = options.job_flags(task, model, workers, rounds, None, None, downlink_codec, mode, seed, set_)
     jobs = comparing.resolve(codec, flags, config)
     folder = run_dir or options.default_run_dir(jobs[0].config.task, "compare")
     comparison, exit_code = comparing.compare(codec, jobs, folder, data_dir, verbose=verbose)

@@ -61,6 +61,24 @@ class LocalConfig(_Config):
     momentum: float = Field(0.0, ge=0, lt=1)
 
 
+class DownlinkConfig(_Config):
+    """How the model w travels to the workers: in encoded steps, and whole to those who lack too many of them."""
+
+    codec: str = ""
+    """NAME or NAME:option=value,... of the steps; empty: the uplink's. With `none` the model travels in float32."""
+    history_steps: int = Field(1000, ge=0)
+    """Most steps that the server keeps for workers that were away."""
+    history_bytes: int = Field(256 << 20, ge=0)
+    """Most bytes of them."""
+    digest_every: int = Field(10, ge=1)
+    """Versions between two checks that a worker's w is the server's. A worker that comes back is always checked."""
+    snapshot: Literal["float32", "bf16"] = "float32"
+    """bf16: both ends round w to bfloat16 at every `snapshot_every`-th version, and that version is the one that is
+    sent whole, at half of the bytes, with the steps since."""
+    snapshot_every: int = Field(100, ge=1)
+    """Versions between two snapshots with `snapshot = "bf16"`; in float32 the newest version is sent."""
+
+
 class SplitConfig(_Config):
     """How the training samples are dealt to the workers."""
 
@@ -86,6 +104,7 @@ class JobConfig(_Config):
     error_feedback: bool = False
     """Each worker adds what compression lost of an update to its next one. Needs a contractive codec, such as scaled,
     signsgd or topk. A worker that is started again begins without what it carried."""
+    downlink: DownlinkConfig = DownlinkConfig()
     seed: int = Field(1, ge=0, lt=2**64)
     batch_size: int = Field(32, ge=1)
     """Samples of a worker in one step."""

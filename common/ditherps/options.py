@@ -41,6 +41,14 @@ CodecOptions = Annotated[
     list[str] | None,
     _option("--codec-option", "-o", env="CODEC_OPTION", text="NAME=VALUE, repeatable: levels, step, bucket, ..."),
 ]
+DownlinkCodec = Annotated[
+    str | None,
+    _option(
+        "--downlink-codec",
+        env="DOWNLINK_CODEC",
+        text="NAME or NAME:option=value,... of the model's way to the workers (default: as the uplink).",
+    ),
+]
 Mode = Annotated[
     str | None,
     _option(
@@ -115,6 +123,7 @@ def job_flags(
     rounds: int | None,
     codec: str | None,
     codec_option: list[str] | None,
+    downlink_codec: str | None,
     mode: str | None,
     seed: int | None,
     set_: list[str] | None,
@@ -126,6 +135,7 @@ def job_flags(
     named = {
         "task": task, "model": model, "workers": workers, "rounds": rounds, "codec": codec, "mode": mode, "seed": seed,
         "codec_options": assignments(codec_option or [], "--codec-option") or None,
+        "downlink": None if downlink_codec is None else {"codec": downlink_codec},
     }  # fmt: skip
     # `--set` has no environment variable, so it beats what the others may have from theirs.
     return merged({key: value for key, value in named.items() if value is not None}, assignments(set_ or [], "--set"))

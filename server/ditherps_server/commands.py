@@ -22,6 +22,7 @@ def server(
     rounds: options.Rounds = None,
     codec: options.CodecName = None,
     codec_option: options.CodecOptions = None,
+    downlink_codec: options.DownlinkCodec = None,
     mode: options.Mode = None,
     seed: options.Seed = None,
     set_: options.Set = None,
@@ -43,7 +44,8 @@ def server(
     from ditherps.config import ServerConfig, merged, validated
     from ditherps.job import resolve_job
 
-    job = resolve_job(options.job_flags(task, model, workers, rounds, codec, codec_option, mode, seed, set_), config)
+    asked = options.job_flags(task, model, workers, rounds, codec, codec_option, downlink_codec, mode, seed, set_)
+    job = resolve_job(asked, config)
     given: dict[str, Any] = {
         "run_dir": run_dir, "data_dir": data_dir, "host": host, "port": port, "metrics_host": metrics_host,
         "metrics_port": metrics_port, "init": init, "insecure": insecure, "reflection": reflection,

@@ -98,7 +98,7 @@ def gradients(
     from ditherps.bench.gradients import save_gradient
     from ditherps.job import resolve_job
 
-    flags = options.job_flags(task, model, workers, None, "none", None, None, seed, set_)
+    flags = options.job_flags(task, model, workers, None, "none", None, None, None, seed, set_)
     job = resolve_job(flags)
     metadata = save_gradient(job.config, job.task, data_dir, rounds, out)
     print(", ".join([str(out), *(f"{key} {value}" for key, value in metadata.items())]))

@@ -7,19 +7,16 @@ Safaryan, "On biased compression for distributed learning", arXiv 2002.12410). I
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ditherps.codecs.base import BadInput, Context, Encoded, Span
+from ditherps.codecs.omega import relative_error
 from ditherps.codecs.wrapper import Nested, WrapperCodec, WrapperOptions
-from ditherps.dither import TILE, Address
+from ditherps.dither import Address
 from ditherps.errors import OptionError, PayloadError, Reason
-from ditherps.kernels import cpu
-
-_MEASURED_COORDINATES = 32 * TILE
 
 
 class ScaledCodec(WrapperCodec):
@@ -48,31 +45,10 @@ class ScaledCodec(WrapperCodec):
 
     def _encode(self, x: NDArray[np.float32], address: Address, context: Context) -> Encoded:
         inner = self.inner._encode(x, address, context)
-        factor = np.float32(1.0 / (1.0 + self._omega(x, inner, address, context)))
+        factor = np.float32(1.0 / (1.0 + relative_error(self.inner, x, inner, address, context)))
         if not factor > 0:
             raise BadInput(0, x.size, f"too far from what {self.inner!r} makes of it")
         return self._wrapped(factor.tobytes(), inner, context)
-
-    def _omega(self, x: NDArray[np.float32], inner: Encoded, address: Address, context: Context) -> float:
-        """Squared error of the inner codec over the energy of x; 0 for a zero vector."""
-        energy = _energy(x)
-        if energy == 0:
-            return 0.0
-        error = self.inner.expected_squared_error(inner)
-        return (error if math.isfinite(error) else self._measured(x, inner, address, context)) / energy
-
-    def _measured(self, x: NDArray[np.float32], inner: Encoded, address: Address, context: Context) -> float:
-        """||x - decoded||^2, chunk by chunk: no temporary of the model's size."""
-        index, n = self.inner._indexed(inner, context), x.size
-        unit = self.chunk_coordinates * max(1, _MEASURED_COORDINATES // self.chunk_coordinates)
-        rest, total = np.empty(min(unit, n), np.float32), 0.0
-        for lo in range(0, n, unit):
-            hi = min(lo + unit, n)
-            part = rest[: hi - lo]
-            part[:] = x[lo:hi]
-            self.inner._accumulate(inner, index, address, part, np.float32(-1), (lo, hi), None)
-            total += _energy(part)
-        return total
 
     def _index(self, encoded: Encoded) -> Nested:
         nested = super()._index(encoded)
@@ -96,7 +72,3 @@ class ScaledCodec(WrapperCodec):
 
 def _factor(nested: Nested) -> float:
     return float(nested.own.view(np.float32)[0])
-
-
-def _energy(x: NDArray[np.float32]) -> float:
-    return float(cpu.sum_of_squares(x, 0, x.size, cpu.workspace().sums))

@@ -1,0 +1,76 @@
+"""The way down: the server keeps the exact model x, all hold the model w, and a step of w is an encoded C(x - w).
+
+EF21-P (Gruntkowska, Tyurin, Richtarik, "EF21-P and friends", arXiv 2209.15218) and MCM (Philippenko, Dieuleveut,
+"Preserved central model for faster bidirectional compression", arXiv 2102.12528) in one form: after each update of x
+the server encodes the difference once for all workers, and everybody takes the same step from the same bytes,
+
+    w <- w + rate * C(x - w).
+
+w is bit-identical everywhere, x stays exact at the server, and what a step loses is in the next difference. Gradients
+are taken at w.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditherps.codecs import Codec, Encoded, Role, parse
+from ditherps.config import DownlinkConfig
+from ditherps.dither import SERVER, Address, Domain
+from ditherps.errors import OptionError
+from ditherps.wire import digest_of
+
+
+def downlink_codec(config: DownlinkConfig, uplink: Codec) -> Codec | None:
+    """The codec of the steps of w; None where w is x, and travels in float32.
+
+    Raises:
+        OptionError: there is no such codec, or steps cannot be encoded with it.
+    """
+    codec = parse(config.codec) if config.codec else uplink.for_role(Role.SOURCE)
+    if codec.needs_side_information:
+        raise OptionError("downlink.codec", config.codec, "a codec without side information, such as dqsg")
+    if not (codec.contractive or codec.unbiased):
+        raise OptionError("downlink.codec", config.codec, "an unbiased or a contractive codec")
+    return None if codec.name == "none" else codec
+
+
+def step_address(seed: int, version: int) -> Address:
+    """Where the dither of the step from `version` to the next lies."""
+    return Address(seed=seed, round=version, sender=SERVER, domain=Domain.DOWNLINK)
+
+
+def memory_rate(codec: Codec, omega: float) -> float:
+    """How much of a decoded step w takes, as float32.
+
+    All of it with a contractive codec (EF21-P). Of an unbiased one's it takes 1 / (1 + omega), omega its relative
+    squared error: then E||x - w||^2 shrinks to omega / (1 + omega) of what it was, the least that any rate reaches, and
+    stays bounded however large omega is (MCM's condition on its memory, up to a constant).
+    """
+    return 1.0 if codec.contractive else float(np.float32(1.0 / (1.0 + omega)))
+
+
+def take_step(codec: Codec, encoded: Encoded, address: Address, rate: float, w: Tensor) -> None:
+    """w += rate * decoded, in place; the same bits on every machine. `w`: contiguous float32 on the CPU.
+
+    Raises:
+        PayloadError: the step is malformed; w is unchanged.
+    """
+    codec.accumulate(encoded, address, w, rate)
+
+
+def rounds_here(config: DownlinkConfig, version: int) -> bool:
+    """Whether both ends round w to bfloat16 when it reaches `version`."""
+    return config.snapshot == "bf16" and version > 0 and version % config.snapshot_every == 0
+
+
+def round_to_bf16(w: Tensor) -> None:
+    """Round w (float32) to the nearest bfloat16, ties to even, in place."""
+    w.copy_(w.to(torch.bfloat16))
+
+
+def digest(w: Tensor) -> bytes:
+    """XXH3-128 of w (float32, CPU): equal on both ends, or the worker gets a snapshot."""
+    return digest_of(w.numpy().data.cast("B") if w.numel() else b"")
