@@ -12,13 +12,17 @@ are taken at w.
 
 from __future__ import annotations
 
+import math
+from collections import deque
+from concurrent.futures import Executor
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ditherps.codecs import Codec, Encoded, Role, parse
 from ditherps.config import DownlinkConfig
-from ditherps.dither import SERVER, Address, Domain
+from ditherps.dither import SERVER, TILE, Address, Domain
 from ditherps.errors import OptionError
 from ditherps.wire import digest_of
 
@@ -52,13 +56,24 @@ def memory_rate(codec: Codec, omega: float) -> float:
     return 1.0 if codec.contractive else float(np.float32(1.0 / (1.0 + omega)))
 
 
-def take_step(codec: Codec, encoded: Encoded, address: Address, rate: float, w: Tensor) -> None:
-    """w += rate * decoded, in place; the same bits on every machine. `w`: contiguous float32 on the CPU.
+def take_step(
+    codec: Codec, encoded: Encoded, address: Address, rate: float, w: Tensor, pool: Executor | None = None
+) -> None:
+    """w += rate * decoded, in place: the same bits on every machine, with any number of threads.
+
+    `w`: contiguous float32 on the CPU.
 
     Raises:
         PayloadError: the step is malformed; w is unchanged.
     """
-    codec.accumulate(encoded, address, w, rate)
+    codec.validate(encoded, len(w))
+    unit = math.lcm(codec.chunk_coordinates, TILE * 32)
+    spans = [(first, min(first + unit, len(w))) for first in range(0, len(w), unit)]
+
+    def take(span: tuple[int, int]) -> None:
+        codec.accumulate(encoded, address, w[slice(*span)], rate, span)
+
+    deque(pool.map(take, spans) if pool is not None else map(take, spans), maxlen=0)
 
 
 def rounds_here(config: DownlinkConfig, version: int) -> bool:
@@ -71,6 +86,6 @@ def round_to_bf16(w: Tensor) -> None:
     w.copy_(w.to(torch.bfloat16))
 
 
-def digest(w: Tensor) -> bytes:
-    """XXH3-128 of w (float32, CPU): equal on both ends, or the worker gets a snapshot."""
-    return digest_of(w.numpy().data.cast("B") if w.numel() else b"")
+def digest(w: Tensor, buffers: bytes) -> bytes:
+    """XXH3-128 of w (float32, CPU), then the buffers: equal on both ends, or the worker gets a snapshot."""
+    return digest_of(w.numpy().data.cast("B") if w.numel() else b"", buffers)

@@ -37,14 +37,12 @@ def require_contractive(codec: Codec) -> None:
     """
     if codec.contractive:
         return
-    options = codec.options.model_dump(mode="json", exclude_unset=True)
-    spec = codec.name + ":" * bool(options) + ",".join(f"{key}={value}" for key, value in options.items())
-    inner = spec
+    inner = codec.spec
     try:
-        make_codec("scaled", inner=spec)
+        make_codec("scaled", inner=inner)
     except OptionError:
         inner = "dqsg"
-    raise OptionError("codec", spec, f"with error feedback a contractive one, such as scaled:inner=({inner})")
+    raise OptionError("codec", codec.spec, f"with error feedback a contractive one, such as scaled:inner=({inner})")
 
 
 @dataclass(frozen=True, slots=True)

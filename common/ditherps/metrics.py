@@ -71,6 +71,17 @@ class ServerMetrics(_Metrics):
         self.decode_seconds = self._histogram(
             "decode_seconds", "Decoding and summing all contributions of a round.", _CODEC_SECONDS
         )
+        self.step_encode_seconds = self._histogram(
+            "step_encode_seconds", "Encoding the model's step for all workers.", _CODEC_SECONDS
+        )
+        self.step_bytes = self._gauge("step_bytes", "Payload of the model's last encoded step; 0: it goes in float32.")
+        self.step_nmse = self._gauge("step_nmse", "Expected squared error of the last step over its squared norm.")
+        self.step_rate = self._gauge("step_rate", "What of the last decoded step the workers' model took (0 to 1).")
+        self.history_bytes = self._gauge("history_bytes", "Encoded steps that are kept for workers that were away.")
+        self.pulls = self._counter("pulls", "Models that were sent, as a snapshot or in steps.", "kind")
+        self.digest_mismatches = self._counter(
+            "digest_mismatches", "Workers that did not hold the model that they should, and got a snapshot."
+        )
         self.contributions = self._counter("contributions", "Contributions that arrived whole.")
         self.rejected_updates = self._counter("rejected_updates", "Contributions that were refused.", "reason")
         self.refused_rpcs = self._counter("refused_rpcs", "RPCs that were refused.", "reason")
@@ -96,6 +107,8 @@ class ServerMetrics(_Metrics):
         for direction in (UP, DOWN):
             self.wire_bytes.labels(direction)
             self.round_bits.labels(direction)
+        for kind in ("snapshot", "steps"):
+            self.pulls.labels(kind)
         for result in ("applied", "abandoned"):
             self.rounds.labels(result)
         for reason in Reason:

@@ -20,7 +20,7 @@ from google.protobuf.message_factory import GetMessageClass
 from ditherps.errors import PayloadError, Reason, RefusedError
 from ditherps.v1 import parameter_server_pb2 as pb
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 CHUNK_BYTES = 1 << 20
 MESSAGE_PREFIX_BYTES = 5
 # HTTP/2 request headers, response headers and trailers with their frames, once HPACK's table is warm, and window

@@ -23,11 +23,13 @@ import ditherps
 from ditherps import kernels, wire
 from ditherps.codecs import Codec, Role
 from ditherps.config import JobConfig, ServerConfig
+from ditherps.downlink import downlink_codec
 from ditherps.errors import OptionError, Reason, RunFailedError, UserError
 from ditherps.metrics import ServerMetrics
 from ditherps.network import is_loopback
 from ditherps.tasks import Task
 from ditherps.wire import Traffic
+from ditherps_server.broadcast import Broadcast
 from ditherps_server.coordinator import Coordinator
 from ditherps_server.evaluation import Evaluator
 from ditherps_server.interceptor import ErrorInterceptor
@@ -53,25 +55,29 @@ async def serve(
     """
     model = ServerModel(task.build(job.model or None, job.seed))
     codec = ditherps.codec(job.codec, **job.codec_options).for_layout(model.layout)
+    down = downlink_codec(job.downlink, codec)
     if config.init is not None:
         model.load(config.init)
     threads = config.threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-    updater = Updater(model, job, codec, pool)
+    broadcast = Broadcast(job.downlink, job.seed, model, down and down.for_layout(model.layout), pool)
+    updater = Updater(model, job, codec, broadcast, pool)
     _check_staging(job, codec, updater)
     evaluator = None
     if job.evaluator != "worker":
         must = job.evaluator == "server"
         evaluator = Evaluator.where_possible(task, job.model or None, config.data_dir, must=must)
-    kernels.warm(codec)
+    for used in {codec, down or codec}:
+        kernels.warm(used)
 
     recorder = Recorder(config.run_dir, listeners=[on_round] if on_round else [])
     metrics, meter = ServerMetrics(ditherps.__version__), wire.WireMeter()
     metrics_port = metrics.serve(config.metrics_host, config.metrics_port) if config.metrics_port >= 0 else None
     job_id, epoch = secrets.token_hex(8), 1
     coordinator = Coordinator(
-        job, rules_of(job, codec, server_evaluates=evaluator is not None), model, updater, evaluator,
+        job, rules_of(job, codec, server_evaluates=evaluator is not None), model, broadcast,
+        updater, evaluator,
         Members(job.member_table, job_id, epoch), recorder, metrics, meter,
     )  # fmt: skip
     interceptor = ErrorInterceptor(
@@ -194,12 +200,14 @@ def _result(
     if evaluation is not None and evaluation.version != model.version:
         evaluation = None  # of an older model
     sent = totals.contributions * model.layout.coordinates
-    bits = 8 * traffic.uplink_bytes / sent if sent else None
+    bits, bits_down = (8 * n / sent if sent else None for n in (traffic.uplink_bytes, traffic.downlink_bytes))
+    both = bits + bits_down if bits is not None and bits_down is not None else None
     kbit = 8e-3 * traffic.uplink_bytes / totals.contributions if sent else None
     seconds = totals.finished - totals.first_opened
     return RunResult(
-        task=job.task, model=job.model, codec=job.codec, codec_options=job.codec_options, mode=job.mode,
-        workers=job.workers, rounds=model.version, seed=job.seed, reason=reason.value,
+        task=job.task, model=job.model, codec=job.codec, codec_options=job.codec_options,
+        downlink_codec=coordinator.broadcast.codec_spec, mode=job.mode, workers=job.workers,
+        rounds=model.version, seed=job.seed, reason=reason.value,
         seconds=seconds if math.isfinite(seconds) else 0.0,
         test_accuracy=evaluation.accuracy if evaluation else None, test_loss=evaluation.loss if evaluation else None,
         parameters=model.layout.coordinates, contributions=totals.contributions,
@@ -209,6 +217,9 @@ def _result(
         uplink_bits_per_coordinate=bits,
         uplink_kbit_per_worker_round=kbit,
         compression_vs_float32=32 / bits if bits else None,
+        downlink_bits_per_coordinate=bits_down, total_bits_per_coordinate=both,
+        total_compression_vs_float32=64 / both if both else None, downlink_steps=totals.downlink_steps,
+        downlink_snapshots=totals.downlink_snapshots, digest_mismatches=totals.digest_mismatches,
         nested_tiles=totals.nested_tiles, nested_failed_tiles=totals.nested_failed_tiles,
         model_sha256=coordinator.model_sha256, run_dir=str(config.run_dir),
     )  # fmt: skip

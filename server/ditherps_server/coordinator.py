@@ -14,12 +14,20 @@ from dataclasses import dataclass
 
 from ditherps.codecs import Role
 from ditherps.config import JobConfig
-from ditherps.errors import ContextMismatchError, DitherpsError, PayloadError, Reason, RefusedError
+from ditherps.errors import (
+    ContextMismatchError,
+    DitherpsError,
+    NonFiniteError,
+    PayloadError,
+    Reason,
+    RefusedError,
+)
 from ditherps.metrics import DOWN, UP, ServerMetrics
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 from ditherps.wire import Traffic, WireMeter
 from ditherps_server import rounds
+from ditherps_server.broadcast import Answer, Broadcast
 from ditherps_server.evaluation import Evaluation, Evaluator
 from ditherps_server.members import Members, Session
 from ditherps_server.model import ServerModel
@@ -54,6 +62,10 @@ class Totals:
     downlink_payload_bytes: int = 0
     nested_tiles: int = 0
     nested_failed_tiles: int = 0
+    downlink_steps: int = 0
+    """Steps of w that were sent, each counted once for each worker that got it."""
+    downlink_snapshots: int = 0
+    digest_mismatches: int = 0
 
 
 class Coordinator:
@@ -64,6 +76,7 @@ class Coordinator:
         job: JobConfig,
         rules: Rules,
         model: ServerModel,
+        broadcast: Broadcast,
         updater: Updater,
         evaluator: Evaluator | None,
         members: Members,
@@ -73,6 +86,7 @@ class Coordinator:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.job, self.model, self.members, self.totals = job, model, members, Totals()
+        self.broadcast, self.initial_digest = broadcast, model.digest
         self.last_evaluation: Evaluation | None = None
         self.model_sha256 = self.failure = ""
         self._rules, self._updater, self._evaluator = rules, updater, evaluator
@@ -214,30 +228,40 @@ class Coordinator:
         if plan is not None and plan.evaluator == index and evaluation.version == plan.base_version:
             self._take_evaluation(evaluation)
 
-    def snapshot(self, version: int) -> list[bytes]:
-        """The serialized messages that carry w; raises `RefusedError` for another version than the present one."""
-        present = self.model.version
-        # While a round is being closed x is on its way to the next version, and only what was read before is whole.
-        if version != present or (self._state.phase is Phase.CLOSING and not self.model.has_snapshot):
-            raise RefusedError(
-                Reason.VERSION_UNAVAILABLE, f"version {version} is not here; the present one is {present}"
-            )
-        return self.model.snapshot()
+    def pull(self, index: int, held: int | None, wanted: int, held_digest: bytes) -> Answer:
+        """What brings a worker from version `held` of w (None: nothing) to version `wanted`.
 
-    def pulled(self) -> None:
-        """A snapshot has been sent whole."""
-        layout = self.model.layout
-        size = 4 * layout.coordinates + layout.buffer_bytes
-        self.totals.downlink_payload_bytes += size
-        self._metrics.payload_bytes.labels(DOWN, "none").inc(size)
-        self._metrics.values.labels(DOWN, "none").inc(layout.coordinates)
+        Raises `RefusedError` for another version than the present one.
+        """
+        answer = self.broadcast.answer(held, wanted, held_digest, closing=self._state.phase is Phase.CLOSING)
+        if answer.mismatch:
+            self.totals.digest_mismatches += 1
+            self._metrics.digest_mismatches.inc()
+            log.warning("worker=%s does not hold version %s: it gets a snapshot", self.members.names[index], held)
+        return answer
+
+    def pulled(self, answer: Answer) -> None:
+        """An answer has been sent whole."""
+        totals, metrics, coordinates = self.totals, self._metrics, self.model.layout.coordinates
+        step_codec = self.broadcast.codec_name
+        totals.downlink_payload_bytes += answer.payload_bytes
+        totals.downlink_steps += answer.steps
+        metrics.payload_bytes.labels(DOWN, answer.snapshot or step_codec).inc(answer.buffer_bytes)
+        if answer.snapshot:
+            totals.downlink_snapshots += 1
+            metrics.payload_bytes.labels(DOWN, answer.snapshot).inc(answer.snapshot_bytes)
+            metrics.values.labels(DOWN, answer.snapshot).inc(coordinates)
+        if answer.steps:
+            metrics.payload_bytes.labels(DOWN, step_codec).inc(answer.step_bytes)
+            metrics.values.labels(DOWN, step_codec).inc(coordinates * answer.steps)
+        metrics.pulls.labels("snapshot" if answer.snapshot else "steps").inc()
 
     def status(self) -> pb.StatusResponse:
         """What the server does and waits for."""
         now, traffic, state = self._clock(), self._meter.traffic, self._state
         return pb.StatusResponse(
-            task=self.job.task, codec=self.job.codec, phase=_PHASES[state.phase], round=state.round,
-            rounds=self.job.rounds, version=self.model.version,
+            task=self.job.task, codec=self.job.codec, downlink_codec=self.broadcast.codec_name,
+            phase=_PHASES[state.phase], round=state.round, rounds=self.job.rounds, version=self.model.version,
             waiting_for=rounds.waiting_for(self._rules, state, now), waiting_seconds=now - state.since,
             members=[
                 pb.MemberStatus(
@@ -362,6 +386,10 @@ class Coordinator:
         except RefusedError as error:
             self._handle(rounds.Unusable(error.reason))
             return
+        except NonFiniteError as error:
+            self.failure = f"the model diverged in round {plan.round}: {error}; a lower optimizer.lr may help"
+            self.stop(Reason.NON_FINITE)
+            return
         now = self._clock()
         announcements = [contribution.announcement for contribution in contributions]
         record = self._record(action, announcements, report, now)
@@ -377,7 +405,7 @@ class Coordinator:
         spent = traffic - self._counted
         up_before, down_before = self._payload_before
         self._counted, self._payload_before = traffic, (totals.uplink_payload_bytes, totals.downlink_payload_bytes)
-        evaluation = self._evaluation
+        evaluation, step = self._evaluation, report.step
         samples = sum(a.samples for a in announcements)
         return RoundRecord(
             round=plan.round, attempt=plan.attempt, base_version=plan.base_version, version=self.model.version,
@@ -396,6 +424,8 @@ class Coordinator:
             compute_seconds=_mean([a.compute_seconds for a in announcements]) or 0.0,
             encode_seconds=_mean([a.encode_seconds for a in announcements]) or 0.0,
             decode_seconds=report.decode_seconds,
+            step_bytes=step.nbytes if step else 0, step_nmse=step.nmse if step else None,
+            step_rate=step.rate if step else 1.0, step_encode_seconds=step.encode_seconds if step else 0.0,
             nested_tiles=report.decode.tiles, nested_failed_tiles=report.decode.failed_tiles,
         )  # fmt: skip
 
@@ -413,7 +443,14 @@ class Coordinator:
         metrics.decode_tiles.inc(record.nested_tiles)
         metrics.decode_ambiguities.inc(record.nested_failed_tiles)
         metrics.learning_rate.set(record.learning_rate)
-        for gauge, value in ((metrics.train_loss, record.train_loss), (metrics.update_nmse, record.nmse)):
+        metrics.step_encode_seconds.observe(record.step_encode_seconds)
+        metrics.step_bytes.set(record.step_bytes)
+        metrics.step_rate.set(record.step_rate)
+        metrics.history_bytes.set(self.broadcast.history.nbytes)
+        for gauge, value in (
+            (metrics.train_loss, record.train_loss), (metrics.update_nmse, record.nmse),
+            (metrics.step_nmse, record.step_nmse),
+        ):  # fmt: skip
             if value is not None:
                 gauge.set(value)
 

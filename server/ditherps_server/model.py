@@ -1,4 +1,4 @@
-"""The server's model: the exact x, the model w that workers hold, and w as the messages that carry it."""
+"""The server's model: the exact x, the model w that workers hold, buffers, and a version."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ditherps import wire
+from ditherps import downlink
 from ditherps.errors import UserError
 from ditherps.layout import FlatModel, Layout, model_sha256
-from ditherps.v1 import parameter_server_pb2 as pb
 
 
 class ServerModel:
     """Parameters and buffers with a version that grows by one with each applied round.
 
-    `x` is exact and belongs to the optimizer; `w` is what workers hold. They are equal as long as the downlink is
-    lossless, and then share their memory.
+    `x` is exact and belongs to the optimizer; `w` is what workers hold. They are one and the same memory as long as the
+    downlink is lossless: until `part_w`.
     """
 
-    def __init__(self, module: nn.Module, chunk_bytes: int = wire.CHUNK_BYTES) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self._model = FlatModel(module, gradient=False)
         self._buffers = self._model.buffers()
-        self._chunk_bytes = chunk_bytes
-        self._snapshot: list[bytes] | None = None
+        self.w = self._model.flat
+        """The parameters that workers hold (float32, flat)."""
         self.version = 0
+        self.digest = downlink.digest(self.w, self._buffers)
+        """XXH3-128 of w, then the buffers."""
 
     @property
     def layout(self) -> Layout:
@@ -39,11 +40,6 @@ class ServerModel:
         return self._model.flat
 
     @property
-    def w(self) -> torch.Tensor:
-        """The parameters that workers hold (float32, flat)."""
-        return self._model.flat
-
-    @property
     def buffers(self) -> bytes:
         """The buffers, in layout order."""
         return self._buffers
@@ -53,34 +49,18 @@ class ServerModel:
         """SHA-256 (hex) of the exact model."""
         return model_sha256(self.x, self._buffers)
 
+    def part_w(self) -> None:
+        """From now on w is a vector of its own, which begins as x."""
+        self.w = self.x.clone()
+
     def advance(self, buffers: bytes) -> None:
-        """x has moved on: the next version."""
+        """x and w have moved on: the next version."""
         self._buffers = buffers
-        self._snapshot = None
+        self.digest = downlink.digest(self.w, buffers)
         self.version += 1
 
-    @property
-    def has_snapshot(self) -> bool:
-        """Whether the messages of this version have been made."""
-        return self._snapshot is not None
-
-    def snapshot(self) -> list[bytes]:
-        """Serialized Pull messages of w: the header, then the chunks. Made once a version, for all workers."""
-        if self._snapshot is None:
-            parameters = self.w.numpy().data.cast("B") if self.w.numel() else memoryview(b"")
-            header = pb.PullHeader(
-                to_version=self.version,
-                encoding=pb.PULL_ENCODING_SNAPSHOT,
-                parameter_bytes=len(parameters),
-                buffer_bytes=len(self._buffers),
-                digest=wire.digest_of(parameters, self._buffers),
-            )
-            chunks = wire.chunk_messages(pb.PullResponse, (parameters, self._buffers), self._chunk_bytes)
-            self._snapshot = [pb.PullResponse(header=header).SerializeToString(), *chunks]
-        return self._snapshot
-
     def load(self, path: Path) -> None:
-        """Take parameters (and buffers, where the file has them) from a safetensors file.
+        """Take parameters (and buffers, where the file has them) from a safetensors file; w becomes x.
 
         Raises `UserError` if the file cannot be read, a parameter is missing, a tensor has another shape or holds NaN.
         """
@@ -103,18 +83,27 @@ class ServerModel:
         with torch.no_grad():
             for name, given in tensors.items():
                 places[name].copy_(given)
-        self._buffers = self._model.buffers()
-        self._snapshot = None
+        self.restore(self.x, None, self._model.buffers(), self.version)
+
+    def restore(self, x: torch.Tensor, w: torch.Tensor | None, buffers: bytes, version: int) -> None:
+        """Become what was saved; `w` None: it is x. Raises `PayloadError` for buffers of another size."""
+        self._model.load_buffers(buffers)
+        with torch.no_grad():
+            self.x.copy_(x)
+            if self.w is not self.x:
+                self.w.copy_(x if w is None else w)
+        self._buffers, self.version = buffers, version
+        self.digest = downlink.digest(self.w, buffers)
 
     def save(self, path: Path) -> None:
-        """Write parameters and buffers as safetensors, with the version and SHA-256 in the metadata."""
+        """Write the exact parameters and buffers as safetensors, with the version and SHA-256 in the metadata."""
         self._model.load_buffers(self._buffers)
         tensors = {name: tensor.detach().clone() for name, tensor in self._model.module.named_parameters()}
         tensors |= {name: tensor.detach().clone() for name, tensor in self._model.module.named_buffers()}
         save_file(tensors, path, metadata={"version": str(self.version), "model_sha256": self.sha256})
 
     def copy_into(self, other: FlatModel) -> None:
-        """Set another model of the same layout to w."""
+        """Set another model of the same layout to the exact one."""
         with torch.no_grad():
-            other.flat.copy_(self.w)
+            other.flat.copy_(self.x)
         other.load_buffers(self._buffers)

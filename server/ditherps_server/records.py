@@ -48,6 +48,13 @@ class RoundRecord:
     """Mean over the workers."""
     encode_seconds: float
     decode_seconds: float
+    step_bytes: int
+    """Payload of the step of w that this round's update became; 0 where w travels in float32."""
+    step_nmse: float | None
+    """Expected squared error of the encoded difference over its squared norm."""
+    step_rate: float
+    """What of the decoded step w took."""
+    step_encode_seconds: float
     nested_tiles: int
     nested_failed_tiles: int
 
@@ -60,6 +67,8 @@ class RunResult:
     model: str
     codec: str
     codec_options: dict[str, Any]
+    downlink_codec: str
+    """NAME or NAME:option=value,...; `none`: float32."""
     mode: str
     workers: int
     rounds: int
@@ -82,6 +91,18 @@ class RunResult:
     uplink_kbit_per_worker_round: float | None
     compression_vs_float32: float | None
     """32 over `uplink_bits_per_coordinate`."""
+    downlink_bits_per_coordinate: float | None
+    """Wire bits of the downlink over coordinates of all contributions."""
+    total_bits_per_coordinate: float | None
+    """Sum of both."""
+    total_compression_vs_float32: float | None
+    """64 over that: what float32 takes in both directions over what this run took."""
+    downlink_steps: int
+    """Encoded steps of w that were sent, each counted once for each worker that got it."""
+    downlink_snapshots: int
+    """Whole models that were sent."""
+    digest_mismatches: int
+    """How often a worker did not hold the w that it should."""
     nested_tiles: int
     nested_failed_tiles: int
     model_sha256: str

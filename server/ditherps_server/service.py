@@ -35,7 +35,8 @@ class ParameterServerService:
     async def Join(self, request: pb.JoinRequest, _: Context) -> pb.JoinResponse:  # noqa: N802
         """Check the rules of compatibility, then let the worker in."""
         coordinator, job = self._coordinator, self._coordinator.job
-        check_join(request, job.task, job.mode, job.codec, 4 * coordinator.model.layout.coordinates)
+        codecs = {job.codec, coordinator.broadcast.codec_name}
+        check_join(request, job.task, job.mode, codecs, 4 * coordinator.model.layout.coordinates)
         session = coordinator.join(request.worker, request.lease_key)
         layout = coordinator.model.layout
         return pb.JoinResponse(
@@ -48,6 +49,7 @@ class ParameterServerService:
             chunk_bytes=wire.CHUNK_BYTES,
             heartbeat_seconds=self._heartbeat_seconds,
             idle_timeout_seconds=job.idle_timeout_seconds,
+            initial_digest=coordinator.initial_digest,
         )
 
     async def Watch(self, request: pb.WatchRequest, _: Context) -> AsyncIterator[pb.WatchResponse]:  # noqa: N802
@@ -61,11 +63,13 @@ class ParameterServerService:
             self._coordinator.unwatch(index, stream)
 
     async def Pull(self, request: pb.PullRequest, _: Context) -> AsyncIterator[bytes]:  # noqa: N802
-        """The present model."""
-        self._coordinator.seen(request.fence)
-        for message in self._coordinator.snapshot(request.to_version):
+        """What brings the worker to the present model."""
+        index = self._coordinator.seen(request.fence)
+        held = request.from_version if request.HasField("from_version") else None
+        answer = self._coordinator.pull(index, held, request.to_version, request.held_digest)
+        for message in answer.messages:
             yield message
-        self._coordinator.pulled()
+        self._coordinator.pulled(answer)
 
     async def Push(self, requests: AsyncIterator[Any], _: Context) -> AsyncIterator[pb.PushResponse]:  # noqa: N802
         """Take one contribution."""
@@ -135,7 +139,7 @@ class ParameterServerService:
         return response
 
 
-def check_join(request: pb.JoinRequest, task: str, mode: str, codec: str, model_bytes: int) -> None:
+def check_join(request: pb.JoinRequest, task: str, mode: str, codecs: set[str], model_bytes: int) -> None:
     """The rules of compatibility between a worker and a job; raises `RefusedError` with the first that fails."""
     limits = request.limits
     rules: list[tuple[bool, Reason, str]] = [
@@ -151,7 +155,10 @@ def check_join(request: pb.JoinRequest, task: str, mode: str, codec: str, model_
             f"the job's task is {task!r}, the worker's {request.task!r}",
         ),
         (mode in limits.modes, Reason.LIMITS, f"the worker does not take mode {mode!r}"),
-        (codec in limits.codecs, Reason.LIMITS, f"the worker does not know codec {codec!r}"),
+        *(
+            (codec in limits.codecs, Reason.LIMITS, f"the worker does not know codec {codec!r}")
+            for codec in sorted(codecs)
+        ),
         (
             model_bytes <= limits.model_bytes,
             Reason.LIMITS,

@@ -17,6 +17,7 @@ from ditherps.errors import PayloadError, Reason, RefusedError
 from ditherps.kernels.cpu import INFINITY_BITS, largest_bits
 from ditherps.layout import unpack_buffers
 from ditherps_server.aggregate import Sender, mean_buffers, weighted_mean
+from ditherps_server.broadcast import Broadcast, StepReport
 from ditherps_server.model import ServerModel
 from ditherps_server.optimizer import ServerOptimizer
 from ditherps_server.staging import Announcement, Contribution
@@ -29,13 +30,18 @@ class UpdateReport:
     decode: DecodeReport
     decode_seconds: float
     learning_rate: float
+    step: StepReport | None
+    """Of w; None where it is x."""
 
 
 class Updater:
     """Decodes contributions, sums them, and steps the optimizer. Called from one thread at a time."""
 
-    def __init__(self, model: ServerModel, job: JobConfig, codec: Codec, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, model: ServerModel, job: JobConfig, codec: Codec, broadcast: Broadcast, pool: ThreadPoolExecutor
+    ) -> None:
         self._model = model
+        self._broadcast = broadcast
         self._job = job
         self._codecs = {role: codec.for_role(role) for role in codec.roles}
         self._running_side = getattr(codec.options, "side", "sources") == "running"
@@ -67,7 +73,8 @@ class Updater:
         """Make the model's next version of contributions in the order of their index.
 
         The update is the mean, weighted by samples. Raises `RefusedError` when they cannot be decoded
-        (`no_side_information`), or their mean is not finite (`non_finite`).
+        (`no_side_information`), or their mean is not finite (`non_finite`), `NonFiniteError` when the model has become
+        infinite or NaN.
         """
         began = time.perf_counter()
         senders = [self._sender(contribution) for contribution in contributions]
@@ -77,9 +84,10 @@ class Updater:
         decode_seconds = time.perf_counter() - began
         learning_rate = self._optimizer.learning_rate
         self._optimizer.apply(self._update)
+        step = self._broadcast.step(self._update)
         weights = [float(contribution.announcement.samples) for contribution in contributions]
         self._model.advance(mean_buffers(self._model.layout, [c.buffers for c in contributions], weights))
-        return UpdateReport(report, decode_seconds, learning_rate)
+        return UpdateReport(report, decode_seconds, learning_rate, step)
 
     def _sender(self, contribution: Contribution) -> Sender:
         announcement = contribution.announcement

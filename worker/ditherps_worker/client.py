@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import torch
 
 from ditherps import __version__, wire
 from ditherps.codecs import codec_names
@@ -80,40 +79,40 @@ class Client:
         finally:
             call.cancel()
 
-    async def pull(self, version: int, into: torch.Tensor) -> bytes:
-        """Read version `version` of w into `into` (float32, CPU, flat) and return its buffers.
+    async def pull(
+        self, held: int | None, version: int, held_digest: bytes, room: Callable[[pb.PullHeader], list[memoryview]]
+    ) -> pb.PullHeader:
+        """Read what brings w from version `held` (None: nothing) to `version`.
 
-        Raises `PayloadError` when what comes is not what was announced.
+        `room` makes room for what a header announces, and raises `PayloadError` where that cannot be right.
+        `held_digest`: of what is held, empty where its check is not due. Raises `PayloadError` when what comes is not
+        what was announced.
         """
-        call = self._stub.Pull(pb.PullRequest(fence=self.fence, to_version=version))
+        call = self._stub.Pull(
+            pb.PullRequest(fence=self.fence, from_version=held, to_version=version, held_digest=held_digest)
+        )
         try:
             async with asyncio.timeout(None) as deadline:
                 self._give_time(deadline)
-                header = wire.checked(await call.read())
-                if header is grpc.aio.EOF:
+                first = wire.checked(await call.read())
+                if first is grpc.aio.EOF:
                     raise self._error(await self._failure(call))
-                parameters = into.numpy().data.cast("B") if into.numel() else memoryview(bytearray())
-                self._check_pull(header, version, len(parameters))
-                buffers = bytearray(header.header.buffer_bytes)
-                await self._receive(call, deadline, [parameters, memoryview(buffers)])
+                if not isinstance(first, pb.PullResponse) or not first.HasField("header"):
+                    raise PayloadError("a pull begins with its header")
+                header = first.header
+                if header.to_version != version:
+                    raise PayloadError(f"asked for version {version}, offered version {header.to_version}")
+                parts = room(header)
+                await self._receive(call, deadline, parts)
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from None
         except TimeoutError:
             raise self._silent() from None
         finally:
             call.cancel()
-        if wire.digest_of(parameters, buffers) != header.header.digest:
+        if wire.digest_of(*parts) != header.digest:
             raise PayloadError("the model does not have the announced digest", Reason.DIGEST_MISMATCH)
-        return bytes(buffers)
-
-    def _check_pull(self, response: Any, version: int, parameter_bytes: int) -> None:
-        if not isinstance(response, pb.PullResponse) or not response.HasField("header"):
-            raise PayloadError("a pull begins with its header")
-        header = response.header
-        if header.to_version != version or header.encoding != pb.PULL_ENCODING_SNAPSHOT:
-            raise PayloadError(f"asked for a snapshot of version {version}, offered version {header.to_version}")
-        if (header.parameter_bytes, header.buffer_bytes) != (parameter_bytes, self._joined.buffer_bytes):
-            raise PayloadError(f"a snapshot of {header.parameter_bytes} bytes, not {parameter_bytes}", Reason.SIZE)
+        return header
 
     async def _receive(self, call: Any, deadline: asyncio.Timeout, parts: list[memoryview]) -> None:
         at, offset = 0, 0

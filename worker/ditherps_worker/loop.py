@@ -20,6 +20,7 @@ from ditherps import kernels, wire
 from ditherps.codecs import Codec, Role
 from ditherps.config import JobConfig, WorkerConfig, validated
 from ditherps.dither import Address, Domain
+from ditherps.downlink import downlink_codec
 from ditherps.errors import PayloadError, Reason, RefusedError, RunFailedError, UnreachableError
 from ditherps.feedback import ErrorFeedback
 from ditherps.metrics import DOWN, UP, WorkerMetrics
@@ -27,6 +28,7 @@ from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 from ditherps_worker.client import Client, PushStats
 from ditherps_worker.compute import Computer
+from ditherps_worker.held import HeldModel
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +95,8 @@ class Loop:
         self._make_computer = make_computer
         self._lease_key = secrets.token_bytes(16)
         self._computer: Computer | None = None
-        self._held_version: int | None = None
+        self._held: HeldModel | None = None
+        self._epoch = 0
         self._sent: Encoded | None = None
         self._feedback: ErrorFeedback | None = None
         self._results: list[types_pb2.RoundResult] = []
@@ -163,8 +166,11 @@ class Loop:
 
     async def _prepare(self, job: JobConfig, joined: pb.JoinResponse) -> None:
         if joined.fence.job_id == self._job_id:
+            if self._held is not None and joined.fence.server_epoch != self._epoch:
+                self._held.doubted = True  # the server was started again, perhaps from an older version
+            self._epoch = joined.fence.server_epoch
             return
-        self._sent, self._held_version, self._feedback = None, None, None
+        self._sent, self._held, self._feedback = None, None, None
         self._results.clear()
         self._codec: Codec = make_codec(job.codec, **job.codec_options)
         await asyncio.to_thread(kernels.warm, self._codec)
@@ -176,10 +182,15 @@ class Loop:
                 f"the server's {joined.parameter_coordinates} and {joined.buffer_bytes}: they build different models"
             )
             raise RefusedError(Reason.LAYOUT_MISMATCH, message)
+        down = downlink_codec(job.downlink, self._codec)
+        if down is not None:
+            await asyncio.to_thread(kernels.warm, down)
+            down = down.for_layout(layout)
+        self._held = HeldModel(job.downlink, job.seed, down, self._computer.model, joined.initial_digest)
         self._codec = self._codec.for_layout(layout)
         if job.error_feedback:
             self._feedback = ErrorFeedback(self._codec, layout.coordinates)
-        self._job_id = joined.fence.job_id
+        self._job_id, self._epoch = joined.fence.job_id, joined.fence.server_epoch
         log.info("joined job %s as worker %d of %d", self._job_id, joined.index, job.workers)
 
     async def _watch(self, state: State) -> None:
@@ -221,11 +232,12 @@ class Loop:
 
     async def _take_part(self, job: JobConfig, index: int, plan: types_pb2.RoundPlan, state: State) -> None:
         assert self._computer is not None
+        assert self._held is not None
         self._metrics.round.set(plan.round)
         identity = (plan.round, plan.attempt, plan.base_version, plan.role)
         if self._sent is None or self._sent.plan != identity:
             try:
-                await self._hold(plan.base_version)
+                await self._hold(self._held, plan.base_version)
             except RefusedError as error:
                 if error.reason is not Reason.VERSION_UNAVAILABLE:
                     raise
@@ -234,9 +246,11 @@ class Loop:
                 await self._evaluate(plan.base_version)
             if plan.role == types_pb2.ROLE_UNSPECIFIED:
                 return
-            self._sent = await asyncio.to_thread(self._contribution, job, index, plan, identity)
-            if job.mode == "local":
-                self._held_version = None  # the local steps have changed the model in place
+            try:
+                self._sent = await asyncio.to_thread(self._contribution, job, index, plan, identity)
+            except BaseException:
+                self._held.forget()  # computing changes the model, and puts it back at its end only
+                raise
         newest = state.latest
         if newest.HasField("finished"):
             return
@@ -260,23 +274,19 @@ class Loop:
         self._metrics.values.labels(UP, job.codec).inc(self._computer.model.layout.coordinates)
         log.debug("pushed round=%d bytes=%d counted=%s", plan.round, size, counted)
 
-    async def _hold(self, version: int) -> None:
+    async def _hold(self, held: HeldModel, version: int) -> None:
         """Bring version `version` of w into the model."""
-        assert self._computer is not None
-        model = self._computer.model
-        if self._held_version != version:
-            began = time.perf_counter()
-            self._held_version = None
-            here = model.flat if model.device.type == "cpu" else torch.empty(model.flat.shape)
-            self._buffers = await self._client.pull(version, here)
-            if here is not model.flat:
-                with torch.no_grad():
-                    model.flat.copy_(here)
-            self._held_version = version
+        if held.version != version or held.doubted:
+            began, before = time.perf_counter(), held.version
+            header = await self._client.pull(before, version, held.digest_due(), held.room)
+            pulled = await asyncio.to_thread(held.take, header)
+            if pulled.snapshot and before is not None:
+                log.info("got version %d whole: version %d was too far back, or not the server's", version, before)
             self._metrics.pull_seconds.observe(time.perf_counter() - began)
-            self._metrics.payload_bytes.labels(DOWN, "none").inc(4 * len(here) + len(self._buffers))
-            self._metrics.values.labels(DOWN, "none").inc(len(here))
-        model.load_buffers(self._buffers)
+            for codec, size, models in pulled.parts:
+                self._metrics.payload_bytes.labels(DOWN, codec).inc(size)
+                self._metrics.values.labels(DOWN, codec).inc(models * held.coordinates)
+        held.restore_buffers()
 
     async def _evaluate(self, version: int) -> None:
         assert self._computer is not None

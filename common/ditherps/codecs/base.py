@@ -236,6 +236,15 @@ class Codec(ABC):
     def __hash__(self) -> int:
         return hash((self.name, self.digest))
 
+    @property
+    def spec(self) -> str:
+        """The codec as `ditherps.codecs.parse` reads it: its name, and the options that were given."""
+        given = self.options.model_dump(mode="json", exclude_unset=True)
+        values = (
+            f"{key}=({value})" if set(",=:") & set(str(value)) else f"{key}={value}" for key, value in given.items()
+        )
+        return self.name + ":" * bool(given) + ",".join(values)
+
     def format_options(self) -> dict[str, Any]:
         """The options on which the bytes or their meaning depend; their digest stands in the header."""
         return self.options.model_dump()

@@ -33,17 +33,21 @@ class _PullEncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PullEnco
     DESCRIPTOR: _descriptor.EnumDescriptor
     PULL_ENCODING_UNSPECIFIED: _PullEncoding.ValueType  # 0
     PULL_ENCODING_SNAPSHOT: _PullEncoding.ValueType  # 1
-    """float32 parameters, then buffers, in layout order."""
+    """Float32 parameters of `from_version`, then the steps since."""
     PULL_ENCODING_STEPS: _PullEncoding.ValueType  # 2
-    """Encoded steps, oldest first."""
+    """Encoded steps from the version that the receiver holds, oldest first."""
+    PULL_ENCODING_SNAPSHOT_BF16: _PullEncoding.ValueType  # 3
+    """As SNAPSHOT, but bfloat16: what both ends rounded w to at that version."""
 
 class PullEncoding(_PullEncoding, metaclass=_PullEncodingEnumTypeWrapper): ...
 
 PULL_ENCODING_UNSPECIFIED: PullEncoding.ValueType  # 0
 PULL_ENCODING_SNAPSHOT: PullEncoding.ValueType  # 1
-"""float32 parameters, then buffers, in layout order."""
+"""Float32 parameters of `from_version`, then the steps since."""
 PULL_ENCODING_STEPS: PullEncoding.ValueType  # 2
-"""Encoded steps, oldest first."""
+"""Encoded steps from the version that the receiver holds, oldest first."""
+PULL_ENCODING_SNAPSHOT_BF16: PullEncoding.ValueType  # 3
+"""As SNAPSHOT, but bfloat16: what both ends rounded w to at that version."""
 Global___PullEncoding: _TypeAlias = PullEncoding  # noqa: Y015
 
 @_typing.final
@@ -92,8 +96,6 @@ class JoinRequest(_message.Message):
     LEASE_KEY_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
-    PREVIOUS_FIELD_NUMBER: _builtins.int
-    HELD_VERSION_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     package_version: _builtins.str
     worker: _builtins.str
@@ -102,13 +104,8 @@ class JoinRequest(_message.Message):
     """Key under which a member of a pool holds its slot."""
     task: _builtins.str
     """As the worker's own command line names it; empty: takes what is offered."""
-    held_version: _builtins.int
     @_builtins.property
     def limits(self) -> Global___WorkerLimits: ...
-    @_builtins.property
-    def previous(self) -> _types_pb2.Fence:
-        """Set when the worker comes back: what it held."""
-
     def __init__(
         self,
         *,
@@ -118,12 +115,10 @@ class JoinRequest(_message.Message):
         lease_key: _builtins.bytes = ...,
         task: _builtins.str = ...,
         limits: Global___WorkerLimits | None = ...,
-        previous: _types_pb2.Fence | None = ...,
-        held_version: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "previous", b"previous"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_version", b"held_version", "lease_key", b"lease_key", "limits", b"limits", "package_version", b"package_version", "previous", b"previous", "protocol_version", b"protocol_version", "task", b"task", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_key", b"lease_key", "limits", b"limits", "package_version", b"package_version", "protocol_version", b"protocol_version", "task", b"task", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -142,6 +137,7 @@ class JoinResponse(_message.Message):
     CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     HEARTBEAT_SECONDS_FIELD_NUMBER: _builtins.int
     IDLE_TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
+    INITIAL_DIGEST_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Position of the worker's name in the job's member table."""
     job: _builtins.bytes
@@ -154,6 +150,10 @@ class JoinResponse(_message.Message):
     """Largest data in one chunk message."""
     heartbeat_seconds: _builtins.float
     idle_timeout_seconds: _builtins.float
+    initial_digest: _builtins.bytes
+    """XXH3-128 of float32 parameters, then buffers, of version 0: a worker whose
+    task builds the same begins with them.
+    """
     @_builtins.property
     def fence(self) -> _types_pb2.Fence: ...
     def __init__(
@@ -168,10 +168,11 @@ class JoinResponse(_message.Message):
         chunk_bytes: _builtins.int = ...,
         heartbeat_seconds: _builtins.float = ...,
         idle_timeout_seconds: _builtins.float = ...,
+        initial_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_bytes", b"buffer_bytes", "chunk_bytes", b"chunk_bytes", "fence", b"fence", "heartbeat_seconds", b"heartbeat_seconds", "idle_timeout_seconds", b"idle_timeout_seconds", "index", b"index", "job", b"job", "layout_digest", b"layout_digest", "parameter_coordinates", b"parameter_coordinates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_bytes", b"buffer_bytes", "chunk_bytes", b"chunk_bytes", "fence", b"fence", "heartbeat_seconds", b"heartbeat_seconds", "idle_timeout_seconds", b"idle_timeout_seconds", "index", b"index", "initial_digest", b"initial_digest", "job", b"job", "layout_digest", b"layout_digest", "parameter_coordinates", b"parameter_coordinates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -245,10 +246,15 @@ class PullRequest(_message.Message):
     FENCE_FIELD_NUMBER: _builtins.int
     FROM_VERSION_FIELD_NUMBER: _builtins.int
     TO_VERSION_FIELD_NUMBER: _builtins.int
+    HELD_DIGEST_FIELD_NUMBER: _builtins.int
     from_version: _builtins.int
     """The version that the worker holds; absent: none."""
     to_version: _builtins.int
     """The version that it wants."""
+    held_digest: _builtins.bytes
+    """XXH3-128 of the float32 parameters, then buffers, that it holds, when their
+    check is due.
+    """
     @_builtins.property
     def fence(self) -> _types_pb2.Fence: ...
     def __init__(
@@ -257,10 +263,11 @@ class PullRequest(_message.Message):
         fence: _types_pb2.Fence | None = ...,
         from_version: _builtins.int | None = ...,
         to_version: _builtins.int = ...,
+        held_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_from_version", b"_from_version", "fence", b"fence", "from_version", b"from_version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_from_version", b"_from_version", "fence", b"fence", "from_version", b"from_version", "to_version", b"to_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_from_version", b"_from_version", "fence", b"fence", "from_version", b"from_version", "held_digest", b"held_digest", "to_version", b"to_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__from_version: _TypeAlias = _typing.Literal["from_version"]  # noqa: Y015
     _WhichOneofArgType__from_version: _TypeAlias = _typing.Literal["_from_version", b"_from_version"]  # noqa: Y015
@@ -269,7 +276,36 @@ class PullRequest(_message.Message):
 Global___PullRequest: _TypeAlias = PullRequest  # noqa: Y015
 
 @_typing.final
+class PullStep(_message.Message):
+    """One step of w, from one version to the next."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_FIELD_NUMBER: _builtins.int
+    RATE_FIELD_NUMBER: _builtins.int
+    bytes: _builtins.int
+    rate: _builtins.float
+    """What of the decoded step w takes, in (0, 1]."""
+    def __init__(
+        self,
+        *,
+        bytes: _builtins.int = ...,
+        rate: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "rate", b"rate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullStep: _TypeAlias = PullStep  # noqa: Y015
+
+@_typing.final
 class PullHeader(_message.Message):
+    """The content that follows: a snapshot unless the encoding is STEPS, then the
+    encoded steps, then the buffers of `to_version`.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     FROM_VERSION_FIELD_NUMBER: _builtins.int
@@ -278,36 +314,34 @@ class PullHeader(_message.Message):
     PARAMETER_BYTES_FIELD_NUMBER: _builtins.int
     BUFFER_BYTES_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
-    STEP_BYTES_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
     from_version: _builtins.int
+    """Version that the steps begin at: the snapshot's, or the receiver's."""
     to_version: _builtins.int
     encoding: Global___PullEncoding.ValueType
     parameter_bytes: _builtins.int
+    """Of the snapshot; 0 for STEPS."""
     buffer_bytes: _builtins.int
     digest: _builtins.bytes
     """XXH3-128 of all chunk data."""
     @_builtins.property
-    def step_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Sizes of the single steps, in order."""
-
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___PullStep]: ...
     def __init__(
         self,
         *,
-        from_version: _builtins.int | None = ...,
+        from_version: _builtins.int = ...,
         to_version: _builtins.int = ...,
         encoding: Global___PullEncoding.ValueType = ...,
         parameter_bytes: _builtins.int = ...,
         buffer_bytes: _builtins.int = ...,
         digest: _builtins.bytes = ...,
-        step_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        steps: _abc.Iterable[Global___PullStep] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_from_version", b"_from_version", "from_version", b"from_version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_from_version", b"_from_version", "buffer_bytes", b"buffer_bytes", "digest", b"digest", "encoding", b"encoding", "from_version", b"from_version", "parameter_bytes", b"parameter_bytes", "step_bytes", b"step_bytes", "to_version", b"to_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_bytes", b"buffer_bytes", "digest", b"digest", "encoding", b"encoding", "from_version", b"from_version", "parameter_bytes", b"parameter_bytes", "steps", b"steps", "to_version", b"to_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__from_version: _TypeAlias = _typing.Literal["from_version"]  # noqa: Y015
-    _WhichOneofArgType__from_version: _TypeAlias = _typing.Literal["_from_version", b"_from_version"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__from_version) -> _WhichOneofReturnType__from_version | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PullHeader: _TypeAlias = PullHeader  # noqa: Y015
 
@@ -735,6 +769,7 @@ class StatusResponse(_message.Message):
     UPLINK_BYTES_FIELD_NUMBER: _builtins.int
     DOWNLINK_BYTES_FIELD_NUMBER: _builtins.int
     UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
+    DOWNLINK_CODEC_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     task: _builtins.str
     codec: _builtins.str
@@ -748,6 +783,8 @@ class StatusResponse(_message.Message):
     uplink_bytes: _builtins.int
     downlink_bytes: _builtins.int
     uptime_seconds: _builtins.float
+    downlink_codec: _builtins.str
+    """Of the model's steps; none: it travels in float32."""
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberStatus]: ...
     def __init__(
@@ -766,10 +803,11 @@ class StatusResponse(_message.Message):
         uplink_bytes: _builtins.int = ...,
         downlink_bytes: _builtins.int = ...,
         uptime_seconds: _builtins.float = ...,
+        downlink_codec: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "downlink_bytes", b"downlink_bytes", "job_id", b"job_id", "members", b"members", "phase", b"phase", "round", b"round", "rounds", b"rounds", "task", b"task", "uplink_bytes", b"uplink_bytes", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting_for", b"waiting_for", "waiting_seconds", b"waiting_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "downlink_bytes", b"downlink_bytes", "downlink_codec", b"downlink_codec", "job_id", b"job_id", "members", b"members", "phase", b"phase", "round", b"round", "rounds", b"rounds", "task", b"task", "uplink_bytes", b"uplink_bytes", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting_for", b"waiting_for", "waiting_seconds", b"waiting_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,162 @@
+"""The server's way down: takes the steps of w, and answers what workers pull."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+
+import torch
+
+from ditherps import wire
+from ditherps.codecs import Codec
+from ditherps.codecs.omega import relative_error
+from ditherps.config import DownlinkConfig
+from ditherps.downlink import memory_rate, round_to_bf16, rounds_here, step_address, take_step
+from ditherps.errors import Reason, RefusedError
+from ditherps.v1 import parameter_server_pb2 as pb
+from ditherps_server.history import Step, StepHistory, Way, cheapest
+from ditherps_server.model import ServerModel
+
+STEP_OVERHEAD_BYTES = 12
+"""A step's own fields in the header of a pull, about."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What the step of a round's update took and lost."""
+
+    nbytes: int
+    nmse: float
+    """Expected squared error of C(x - w) over ||x - w||^2."""
+    rate: float
+    encode_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A pull's answer: `messages` as they travel, and what they hold."""
+
+    messages: Sequence[bytes]
+    snapshot: str
+    """Codec of the snapshot: `none`, `bf16`, or empty where there is none."""
+    snapshot_bytes: int
+    steps: int
+    step_bytes: int
+    buffer_bytes: int
+    mismatch: bool = False
+    """The worker did not hold what it should."""
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the content."""
+        return self.snapshot_bytes + self.step_bytes + self.buffer_bytes
+
+
+class Broadcast:
+    """Keeps w behind x with encoded steps, or w = x where `codec` is None.
+
+    `step` runs in a thread while a round closes; `answer` on the event loop, at any time.
+    """
+
+    def __init__(
+        self, config: DownlinkConfig, seed: int, model: ServerModel, codec: Codec | None, pool: Executor | None = None
+    ) -> None:
+        self._config, self._seed, self._model, self._codec, self._pool = config, seed, model, codec, pool
+        self.history = StepHistory(config.history_steps, config.history_bytes)
+        self._rounded: tuple[int, memoryview] | None = None
+        """Version and content of the newest bfloat16 snapshot."""
+        self._answers: dict[tuple[int | None, int], Answer] = {}
+        if codec is not None:
+            model.part_w()
+
+    @property
+    def codec_name(self) -> str:
+        """Of the steps; `none` where w travels in float32."""
+        return self._codec.name if self._codec else "none"
+
+    @property
+    def codec_spec(self) -> str:
+        """The same with its options."""
+        return self._codec.spec if self._codec else "none"
+
+    def step(self, scratch: torch.Tensor) -> StepReport | None:
+        """x has moved: w follows, from the model's version to the next. None where w is x.
+
+        `scratch`: float32 of the model's size, overwritten. Raises `NonFiniteError` naming the parameter where x has
+        become infinite or NaN, and leaves w as it was.
+        """
+        if self._codec is None:
+            return None
+        began = time.perf_counter()
+        model, codec, address = self._model, self._codec, step_address(self._seed, self._model.version)
+        torch.sub(model.x, model.w, out=scratch)
+        encoded = codec.encode(scratch, address, name=model.layout.name_at, pool=self._pool)
+        omega = relative_error(codec, scratch.numpy(), encoded, address)
+        step = Step(model.version, encoded, memory_rate(codec, omega), model.digest)
+        seconds = time.perf_counter() - began
+        take_step(codec, encoded, address, step.rate, model.w, self._pool)
+        if rounds_here(self._config, model.version + 1):
+            round_to_bf16(model.w)
+            self._rounded = (model.version + 1, _bf16_bytes(model.w))
+        self.history.add(step)
+        return StepReport(encoded.nbytes, omega, step.rate, seconds)
+
+    def answer(self, held: int | None, wanted: int, held_digest: bytes, *, closing: bool) -> Answer:
+        """What brings a worker that holds version `held` (None: nothing) of w to version `wanted`.
+
+        `held_digest`: of what it holds, empty where it does not say; what is not the server's version is not built on.
+        While `closing`, the model is on its way to the next version, and only what was answered before can be.
+        Raises `RefusedError` (`version_unavailable`) for another version than the present one, and then.
+        """
+        newest = self._model.version
+        if wanted != newest:
+            raise RefusedError(Reason.VERSION_UNAVAILABLE, f"version {wanted} is not here; the present one is {newest}")
+        if closing and held_digest:
+            raise RefusedError(Reason.VERSION_UNAVAILABLE, f"version {wanted} is over")
+        mismatch = held is not None and bool(held_digest) and held_digest != self._digest_at(held)
+        way = cheapest(self.history, None if mismatch else held, newest, self._snapshots(newest), STEP_OVERHEAD_BYTES)
+        key = (way.first if not way.snapshot else None, newest)
+        if key not in self._answers:
+            if closing:
+                raise RefusedError(Reason.VERSION_UNAVAILABLE, f"version {wanted} is over")
+            # Made once for all workers, and forgotten with the version.
+            self._answers = {known: answer for known, answer in self._answers.items() if known[1] == newest}
+            self._answers[key] = self._made(way, newest)
+        return replace(self._answers[key], mismatch=mismatch)
+
+    def _digest_at(self, version: int) -> bytes | None:
+        return self._model.digest if version == self._model.version else self.history.digest_at(version)
+
+    def _snapshots(self, newest: int) -> list[tuple[int, int]]:
+        found = [(newest, 4 * self._model.w.numel())]
+        if self._rounded is not None:
+            found.append((self._rounded[0], len(self._rounded[1])))
+        return found
+
+    def _made(self, way: Way, newest: int) -> Answer:
+        encoding, codec = pb.PULL_ENCODING_STEPS, ""
+        parameters = memoryview(b"")
+        if way.snapshot and self._rounded is not None and self._rounded[0] == way.first:
+            encoding, codec, parameters = pb.PULL_ENCODING_SNAPSHOT_BF16, "bf16", self._rounded[1]
+        elif way.snapshot:
+            encoding, codec = pb.PULL_ENCODING_SNAPSHOT, "none"
+            parameters = self._model.w.numpy().data.cast("B") if self._model.w.numel() else parameters
+        buffers = self._model.buffers
+        parts = [parameters, *(step.encoded.data.data.cast("B") for step in way.steps), memoryview(buffers)]
+        header = pb.PullHeader(
+            from_version=way.first, to_version=newest, encoding=encoding, parameter_bytes=len(parameters),
+            buffer_bytes=len(buffers), digest=wire.digest_of(*parts),
+            steps=[pb.PullStep(bytes=step.nbytes, rate=step.rate) for step in way.steps],
+        )  # fmt: skip
+        messages = [
+            pb.PullResponse(header=header).SerializeToString(),
+            *wire.chunk_messages(pb.PullResponse, parts, wire.CHUNK_BYTES),
+        ]
+        step_bytes = sum(step.nbytes for step in way.steps)
+        return Answer(messages, codec, len(parameters), len(way.steps), step_bytes, len(buffers))
+
+
+def _bf16_bytes(w: torch.Tensor) -> memoryview:
+    return w.to(torch.bfloat16).view(torch.int16).numpy().data.cast("B") if w.numel() else memoryview(b"")
