@@ -36,8 +36,6 @@ def downlink_codec(config: DownlinkConfig, uplink: Codec) -> Codec | None:
     codec = parse(config.codec) if config.codec else uplink.for_role(Role.SOURCE)
     if codec.needs_side_information:
         raise OptionError("downlink.codec", config.codec, "a codec without side information, such as dqsg")
-    if not (codec.contractive or codec.unbiased):
-        raise OptionError("downlink.codec", config.codec, "an unbiased or a contractive codec")
     return None if codec.name == "none" else codec
 
 
@@ -51,7 +49,8 @@ def memory_rate(codec: Codec, omega: float) -> float:
 
     All of it with a contractive codec (EF21-P). Of an unbiased one's it takes 1 / (1 + omega), omega its relative
     squared error: then E||x - w||^2 shrinks to omega / (1 + omega) of what it was, the least that any rate reaches, and
-    stays bounded however large omega is (MCM's condition on its memory, up to a constant).
+    stays bounded however large omega is (MCM's condition on its memory, up to a constant). Of a codec that is neither,
+    as `terngrad` with its clipping, it takes the same, without that promise.
     """
     return 1.0 if codec.contractive else float(np.float32(1.0 / (1.0 + omega)))
 

@@ -1,9 +1,8 @@
-"""The server's model: what its snapshot says, what it loads, what it leaves behind."""
+"""The server's model: its two parameter vectors, what it loads, what it leaves behind."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,57 +10,67 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ditherps import wire
+from ditherps import downlink
 from ditherps.errors import UserError
 from ditherps.layout import FlatModel, model_sha256
-from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps_server.model import ServerModel
 from tests.tiny import Tiny
 
 
-def make(model: str = "norm", seed: int = 1, **options: Any) -> ServerModel:
-    return ServerModel(Tiny().build(model, seed), **options)
+def make(model: str = "norm", seed: int = 1) -> ServerModel:
+    return ServerModel(Tiny().build(model, seed))
 
 
-def received(messages: list[bytes]) -> tuple[pb.PullHeader, bytes]:
-    first = pb.PullResponse.FromString(messages[0])
-    assert first.WhichOneof("part") == "header"
-    return first.header, b"".join(pb.PullResponse.FromString(message).chunk for message in messages[1:])
-
-
-class TestSnapshot:
-    @pytest.mark.parametrize("chunk_bytes", [1, 7, 100, 1 << 20])
-    def test_it_carries_w_and_the_buffers(self, chunk_bytes: int) -> None:
-        model = make(chunk_bytes=chunk_bytes)
-        header, content = received(model.snapshot())
-        size = 4 * model.layout.coordinates
-        assert (header.parameter_bytes, header.buffer_bytes) == (size, model.layout.buffer_bytes)
-        assert header.encoding == pb.PULL_ENCODING_SNAPSHOT
-        assert not header.HasField("from_version")
-        assert torch.equal(torch.frombuffer(bytearray(content[:size]), dtype=torch.float32), model.w)
-        assert content[size:] == model.buffers
-        assert wire.digest_of(content) == header.digest
-        assert all(len(message) <= chunk_bytes + 6 for message in model.snapshot()[1:])
-
-    def test_it_is_made_once_a_version(self) -> None:
+class TestVersions:
+    def test_w_is_x_until_it_is_parted_from_it(self) -> None:
         model = make()
-        first = model.snapshot()
-        assert model.snapshot() is first
-        buffers = bytes(model.layout.buffer_bytes)
+        assert model.w is model.x
+        model.part_w()
+        assert torch.equal(model.w, model.x)
         with torch.no_grad():
             model.x.add_(1)
-        model.advance(buffers)
-        header, content = received(model.snapshot())
-        assert (header.to_version, model.version) == (1, 1)
-        assert content == model.w.numpy().tobytes() + buffers
-        assert received(first)[1] != content
+        assert not torch.equal(model.w, model.x)
 
-    def test_a_copy_evaluates_w_with_the_servers_buffers(self) -> None:
+    def test_the_digest_is_of_w_and_the_buffers_of_the_version(self) -> None:
+        model = make()
+        model.part_w()
+        first = model.digest
+        assert first == downlink.digest(model.w, model.buffers)
+        with torch.no_grad():
+            model.x.add_(1)
+        model.advance(model.buffers)
+        assert (model.version, model.digest) == (1, first)
+        with torch.no_grad():
+            model.w[3] += 1
+        model.advance(model.buffers)
+        assert model.digest != first
+        second = model.digest
+        model.advance(bytes(len(model.buffers)))
+        assert model.digest not in (first, second)
+
+    def test_a_copy_evaluates_x_with_the_servers_buffers(self) -> None:
         model, other = make(seed=1), FlatModel(Tiny().build("norm", 2), gradient=False)
+        model.part_w()
+        with torch.no_grad():
+            model.w.zero_()
         model.advance(FlatModel(Tiny().build("norm", 3)).buffers()[:-8] + (9).to_bytes(8, "little"))
         model.copy_into(other)
-        assert torch.equal(other.flat, model.w)
+        assert torch.equal(other.flat, model.x)
         assert other.buffers() == model.buffers
+
+    @pytest.mark.parametrize("parted", [False, True])
+    def test_restored_is_what_was_saved(self, parted: bool) -> None:
+        model, other = make(seed=1), make(seed=2)
+        for each in (model, other):
+            if parted:
+                each.part_w()
+                with torch.no_grad():
+                    each.w.mul_(0.5)
+        model.advance(bytes(len(model.buffers)))
+        other.restore(model.x, model.w if parted else None, model.buffers, model.version)
+        assert torch.equal(other.x, model.x)
+        assert torch.equal(other.w, model.w)
+        assert (other.buffers, other.version, other.digest) == (model.buffers, 1, model.digest)
 
 
 class TestFile:
@@ -73,13 +82,14 @@ class TestFile:
         model.save(tmp_path / "m.safetensors")
         other = make(seed=2)
         assert other.sha256 != model.sha256
-        before = other.snapshot()
+        other.part_w()
         other.load(tmp_path / "m.safetensors")
         assert torch.equal(other.x, model.x)
         assert other.buffers == model.buffers
         assert other.sha256 == model.sha256
         assert other.version == 0
-        assert received(other.snapshot())[1] == model.w.numpy().tobytes() + model.buffers != received(before)[1]
+        assert torch.equal(other.w, model.x)
+        assert other.digest == model.digest
 
     def test_what_it_says_of_itself_is_true(self, tmp_path: Path) -> None:
         model = make()

@@ -190,9 +190,10 @@ class Peer:
         finally:
             call.cancel()
 
-    async def pull(self, version: int) -> bytes:
-        """The content of a snapshot; raises `Refused`."""
-        call = self.stub.Pull(pb.PullRequest(fence=self.fence, to_version=version), timeout=CALL_SECONDS)
+    async def pulled(self, version: int, held: int | None = None, digest: bytes = b"") -> tuple[pb.PullHeader, bytes]:
+        """The header and the content of a pull; raises `Refused`."""
+        request = pb.PullRequest(fence=self.fence, from_version=held, to_version=version, held_digest=digest)
+        call = self.stub.Pull(request, timeout=CALL_SECONDS)
         content = b""
         try:
             header = wire.checked(await call.read())
@@ -202,7 +203,11 @@ class Peer:
             raise refused(error) from None
         assert header.header.to_version == version
         assert wire.digest_of(content) == header.header.digest
-        return content
+        return header.header, content
+
+    async def pull(self, version: int) -> bytes:
+        """The content of a snapshot; raises `Refused`."""
+        return (await self.pulled(version))[1]
 
     def update(self, plan: types_pb2.RoundPlan, seed: int = 0, codec: str = "dqsg", **options: Any) -> bytes:
         """An encoded update for the open round, as its plan wants it."""

@@ -10,9 +10,11 @@ import ditherps
 from ditherps.codecs import Role
 from ditherps.config import JobConfig
 from ditherps.dither import Address, Domain
+from ditherps.downlink import downlink_codec
 from ditherps.feedback import ErrorFeedback
 from ditherps.tasks import Task
 from ditherps_server.aggregate import Sender, mean_buffers, weighted_mean
+from ditherps_server.broadcast import Broadcast
 from ditherps_server.model import ServerModel
 from ditherps_server.optimizer import ServerOptimizer
 from ditherps_server.rounds import assign_roles
@@ -30,6 +32,8 @@ def simulated(job: JobConfig, task: Task, members: Sequence[Collection[int]] = (
     fraction = getattr(codec.options, "side_fraction", 1.0) if Role.NESTED in codec.roles else 1.0
     roles = assign_roles(tuple(range(job.workers)), fraction)
     optimizer = ServerOptimizer(model.x, job.optimizer, job.schedule, job.rounds)
+    down = downlink_codec(job.downlink, codec)
+    broadcast = Broadcast(job.downlink, job.seed, model, down and down.for_layout(model.layout))
     update = torch.empty_like(model.x)
     feedback = [ErrorFeedback(codec, model.x.numel()) for _ in computers] if job.error_feedback else []
     for round_ in range(job.rounds):
@@ -37,7 +41,9 @@ def simulated(job: JobConfig, task: Task, members: Sequence[Collection[int]] = (
         for index, computer in enumerate(computers):
             if members and index not in members[round_]:
                 continue
-            model.copy_into(computer.model)
+            with torch.no_grad():
+                computer.model.flat.copy_(model.w)
+            computer.model.load_buffers(model.buffers)
             mine = computer.update(round_)
             address = Address(job.seed, round_, index, Domain.UPDATE)
             used = codec.for_role(roles[index])
@@ -49,5 +55,6 @@ def simulated(job: JobConfig, task: Task, members: Sequence[Collection[int]] = (
         for sender in senders if feedback else ():
             feedback[sender.address.sender].commit(included=True)
         optimizer.apply(update)
+        broadcast.step(update)
         model.advance(mean_buffers(model.layout, buffers, weights))
     return model.sha256
