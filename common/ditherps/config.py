@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ditherps.errors import OptionError, UserError
 
@@ -25,20 +25,67 @@ WORKER_NAME = re.compile(r"[a-z0-9][a-z0-9._/-]{0,62}")
 Seconds = Annotated[float, Field(gt=0, le=7 * 86_400)]
 
 
-class OptimizerConfig(_Config):
-    """The server's optimizer: a class of torch.optim over the flat vector."""
+_OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "adam": {"lr": 0.001},
+    "adamw": {"lr": 0.001},
+    "fedavgm": {"lr": 1.0, "momentum": 0.9},
+    "fedadagrad": {"lr": 0.01, "betas": (0.0, 0.99), "eps": 1e-3},
+    "fedadam": {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-3},
+    "fedyogi": {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-3},
+}
+"""Where an optimizer's defaults are others than its fields'."""
+_OPTIMIZER_USES = {
+    "momentum": ("sgd", "fedavgm"),
+    "nesterov": ("sgd", "fedavgm"),
+    "weight_decay": ("sgd", "fedavgm", "adam", "adamw"),
+    "betas": ("adam", "adamw", "fedadagrad", "fedadam", "fedyogi"),
+    "eps": ("adam", "adamw", "fedadagrad", "fedadam", "fedyogi"),
+}
+"""Who has a use for an option; the others take nothing but its default."""
 
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(_Config):
+    """The server's optimizer: a class of torch.optim over the flat vector, or one of the federated ones.
+
+    fedadagrad, fedadam, fedyogi: Reddi et al., "Adaptive federated optimization", arXiv 2003.00295, algorithm 2.
+    fedavgm: Hsu, Qi, Brown, arXiv 1909.06335. Their defaults are meant for mode `local`, with whose updates FedAvg is
+    sgd at a learning rate of 1.
+    """
+
+    name: Literal["sgd", "adam", "adamw", "fedavgm", "fedadagrad", "fedadam", "fedyogi"] = "sgd"
     lr: float = Field(0.1, gt=0)
+    """Default: 0.1 of sgd, 0.001 of adam and adamw, 1 of fedavgm, 0.01 of the other three."""
     momentum: float = Field(0.0, ge=0, lt=1)
-    """SGD only."""
+    """sgd and fedavgm only; default: 0.9 of fedavgm."""
     nesterov: bool = False
-    """SGD only."""
+    """sgd and fedavgm only; needs a momentum."""
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Adam and AdamW only."""
+    """Not of fedadagrad, fedadam and fedyogi."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Not of sgd and fedavgm; default: (0.9, 0.99) of fedadam and fedyogi, (0, 0.99) of fedadagrad, which uses the
+    first only."""
     eps: float = Field(1e-8, gt=0)
-    """Adam and AdamW only."""
+    """Not of sgd and fedavgm; of fedadagrad, fedadam and fedyogi it is the paper's tau, 0.001 by default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_name(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and isinstance(values.get("name"), str):
+            return {**_OPTIMIZER_DEFAULTS.get(values["name"], {}), **values}
+        return values
+
+    @field_validator(*_OPTIMIZER_USES)
+    @classmethod
+    def _of_use(cls, value: Any, info: ValidationInfo) -> Any:
+        name, users = info.data.get("name"), _OPTIMIZER_USES[str(info.field_name)]
+        default = cls.model_fields[str(info.field_name)].default
+        if name is not None and name not in users and value != default:
+            raise ValueError(f"{default} with {name}: it is an option of {', '.join(users)}")
+        if info.field_name == "nesterov" and value and not info.data.get("momentum", 1):
+            raise ValueError("true only with a momentum above 0")
+        return value
 
 
 class ScheduleConfig(_Config):
@@ -59,6 +106,17 @@ class LocalConfig(_Config):
     steps: int = Field(10, ge=1)
     lr: float = Field(0.05, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1)
+    proximal_mu: float = Field(0.0, ge=0)
+    """FedProx (Li et al., arXiv 1812.06127): each step also pulls w back to where the round began, along the gradient of
+    mu/2 ||w - w_round||^2. At most 1 / lr: that takes it all the way back. 0: no pull."""
+
+    @field_validator("proximal_mu")
+    @classmethod
+    def _does_not_overshoot(cls, value: float, info: ValidationInfo) -> float:
+        lr = info.data.get("lr")
+        if lr is not None and value * lr > 1:
+            raise ValueError(f"at most 1 / local.lr = {1 / lr:g}")
+        return value
 
 
 class DownlinkConfig(_Config):
@@ -177,6 +235,10 @@ class ServerConfig(_Config):
     threads: int = Field(0, ge=0, le=1024)
     """Threads that decode; 0: as many as cores."""
     heartbeat_seconds: Seconds = 5.0
+    checkpoint_every: int = Field(0, ge=0)
+    """Rounds between two checkpoints; 0: about 20 in a run. One is written on an interrupt too."""
+    resume: bool = False
+    """Go on from the checkpoint in `run_dir`, where there is one."""
     insecure: bool = False
     """Allow plaintext beyond this machine."""
     reflection: bool = False

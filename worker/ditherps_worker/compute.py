@@ -64,21 +64,22 @@ class Computer:
         self._base = torch.empty_like(self.model.flat) if job.mode == "local" else None
 
     def update(self, round_: int) -> Update:
-        """The update of round `round_` at the model that `self.model` holds, which it may change."""
+        """The update of round `round_` at the w that `self.model` holds, bit for bit also after it; buffers move on."""
         began = time.perf_counter()
         seed = words(Address(self._job.seed, round_, self._index, Domain.COMPUTE), 1)[0]
         torch.manual_seed(int(seed) & (2**63 - 1))
         self.model.module.train()
-        vector, losses = self._local(round_) if self._job.mode == "local" else self._gradient(round_)
+        losses = self._local(round_) if self._job.mode == "local" else self._gradient(round_)
         loss = float(sum(losses)) / len(losses)
         samples = self._job.batch_size * len(losses)
-        return Update(vector, self.model.buffers(), samples, loss, time.perf_counter() - began)
+        return Update(self.model.gradient, self.model.buffers(), samples, loss, time.perf_counter() - began)
 
-    def _gradient(self, round_: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        ids, epochs = self._walk.take(round_ * self._job.batch_size, self._job.batch_size)
-        return self.model.gradient, [self._backward(ids, epochs)]
+    def _gradient(self, round_: int) -> list[torch.Tensor]:
+        """Leave the gradient of the round's batch in `self.model.gradient`; its loss."""
+        return [self._backward(*self._walk.take(round_ * self._job.batch_size, self._job.batch_size))]
 
-    def _local(self, round_: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _local(self, round_: int) -> list[torch.Tensor]:
+        """Leave w_before - w_after of the round's local steps in `self.model.gradient`; their losses."""
         assert self._base is not None
         self._base.copy_(self.model.flat)
         weights = torch.nn.Parameter(self.model.flat)
@@ -89,9 +90,14 @@ class Computer:
         for step in range(local.steps):
             first = (round_ * local.steps + step) * self._job.batch_size
             losses.append(self._backward(*self._walk.take(first, self._job.batch_size)))
+            if local.proximal_mu:
+                # FedProx (Li et al., arXiv 1812.06127): the gradient of mu/2 ||w - w_round||^2.
+                self.model.gradient.add_(self.model.flat - self._base, alpha=local.proximal_mu)
             optimizer.step()
         # A step of the server along w_before - w_after with learning rate 1 is the mean of the local models (FedAvg).
-        return self._base.sub_(self.model.flat), losses
+        torch.sub(self._base, self.model.flat, out=self.model.gradient)
+        self.model.flat.copy_(self._base)  # the next round's step is one of this w
+        return losses
 
     def _backward(self, ids: Ids, epochs: Ids) -> torch.Tensor:
         rows = torch.from_numpy(ids)

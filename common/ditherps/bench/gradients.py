@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.optim import SGD, Adam, AdamW, Optimizer
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, ExponentialLR, LRScheduler, StepLR
 
-from ditherps.config import JobConfig, OptimizerConfig, ScheduleConfig
+from ditherps.config import JobConfig
 from ditherps.dither import Address, Domain, words
 from ditherps.errors import OptionError
 from ditherps.layout import FlatModel
+from ditherps.optimizers import make_optimizer, make_schedule
 from ditherps.sampling import Walk, augmentation_keys, split
 from ditherps.tasks import Task
 
@@ -69,8 +68,8 @@ def _update(job: JobConfig, task: Task, data_dir: Path | None, last: int) -> tup
     shards = split(samples, job.workers, job.seed, job.split.kind, job.split.alpha)
     walks = [Walk(shard, job.seed, worker) for worker, shard in enumerate(shards)]
     x = torch.nn.Parameter(model.flat)
-    optimizer = _optimizer(x, job.optimizer)
-    schedule = _schedule(optimizer, job.schedule, job.rounds)
+    optimizer = make_optimizer(x, job.optimizer)
+    schedule = make_schedule(optimizer, job.schedule, job.rounds)
     mean = torch.empty_like(model.flat)
 
     def gradient(worker: int, round_: int) -> float:
@@ -96,24 +95,3 @@ def _update(job: JobConfig, task: Task, data_dir: Path | None, last: int) -> tup
             schedule.step()
         loss = gradient(0, last)
     return model.gradient, loss
-
-
-def _optimizer(x: torch.nn.Parameter, config: OptimizerConfig) -> Optimizer:
-    shared = {"lr", "weight_decay"}
-    if config.name == "sgd":
-        return SGD([x], **config.model_dump(include=shared | {"momentum", "nesterov"}))
-    kind: type[Adam] = {"adam": Adam, "adamw": AdamW}[config.name]
-    return kind([x], **config.model_dump(include=shared | {"betas", "eps"}))
-
-
-def _schedule(optimizer: Optimizer, config: ScheduleConfig, rounds: int) -> LRScheduler:
-    lr = optimizer.param_groups[0]["lr"]
-    match config.name:
-        case "cosine":
-            return CosineAnnealingLR(optimizer, T_max=rounds, eta_min=config.final_fraction * lr)
-        case "step":
-            return StepLR(optimizer, step_size=config.step_rounds, gamma=config.gamma)
-        case "exponential":
-            return ExponentialLR(optimizer, gamma=config.gamma)
-        case "constant":
-            return ConstantLR(optimizer, factor=1.0, total_iters=0)
