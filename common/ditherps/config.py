@@ -107,8 +107,8 @@ class LocalConfig(_Config):
     lr: float = Field(0.05, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1)
     proximal_mu: float = Field(0.0, ge=0)
-    """FedProx (Li et al., arXiv 1812.06127): each step also pulls w back to where the round began, along the gradient of
-    mu/2 ||w - w_round||^2. At most 1 / lr: that takes it all the way back. 0: no pull."""
+    """FedProx (Li et al., arXiv 1812.06127): each step also pulls w back to where the round began, by the gradient of
+    mu/2 ||w - w_round||^2. At most 1 / lr, which takes it all the way back. 0: no pull."""
 
     @field_validator("proximal_mu")
     @classmethod
@@ -123,7 +123,8 @@ class DownlinkConfig(_Config):
     """How the model w travels to the workers: in encoded steps, and whole to those who lack too many of them."""
 
     codec: str = ""
-    """NAME or NAME:option=value,... of the steps; empty: the uplink's. With `none` the model travels in float32."""
+    """NAME or NAME:option=value,... of the steps; empty: the uplink's, fine enough for w to keep up
+    with x. With `none` the model travels in float32."""
     history_steps: int = Field(1000, ge=0)
     """Most steps that the server keeps for workers that were away."""
     history_bytes: int = Field(256 << 20, ge=0)

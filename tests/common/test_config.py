@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from ditherps.cli import main
 from ditherps.codecs import codec_names
-from ditherps.config import JobConfig, ServerConfig, WorkerConfig, assignments, merged, read_job_file, validated
+from ditherps.config import (
+    JobConfig,
+    OptimizerConfig,
+    ServerConfig,
+    WorkerConfig,
+    assignments,
+    merged,
+    read_job_file,
+    validated,
+)
 from ditherps.errors import ExitCode, OptionError, UserError
 from ditherps.job import resolve_job
 from ditherps.options import job_flags
@@ -43,7 +52,7 @@ class TestPrecedence:
         assert (job.optimizer.lr, job.optimizer.momentum) == (0.25, recipe.optimizer["momentum"])
 
     def test_set_beats_what_the_environment_may_have_said(self) -> None:
-        flags = job_flags(None, None, None, 5, None, None, None, None, ["rounds=9", "optimizer.lr=0.125"])
+        flags = job_flags(None, None, None, 5, None, None, None, None, None, ["rounds=9", "optimizer.lr=0.125"])
         job = resolve_job(flags).config
         assert (job.rounds, job.optimizer.lr) == (9, 0.125)
 
@@ -80,6 +89,28 @@ class TestPrecedence:
         assert job.rounds == recipe.rounds // 5
         assert job.local.lr == recipe.optimizer["lr"]
         assert (job.optimizer.name, job.optimizer.lr, job.schedule.name) == ("sgd", 1.0, "constant")
+
+    @pytest.mark.parametrize(
+        ("name", "own"),
+        [
+            ("sgd", {"lr": 1.0}),
+            ("adam", {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8}),
+            ("fedavgm", {"lr": 1.0, "momentum": 0.9}),
+            ("fedadagrad", {"lr": 0.01, "betas": (0.0, 0.99), "eps": 1e-3}),
+            ("fedadam", {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-3}),
+            ("fedyogi", {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-3}),
+        ],
+    )
+    def test_each_optimizer_has_defaults_of_its_own(self, name: str, own: dict[str, Any], tmp_path: Path) -> None:
+        import tomli_w
+
+        given = resolve_job({"mode": "local", "optimizer": {"name": name}}).config
+        assert given.optimizer.model_dump() == OptimizerConfig().model_dump() | {"name": name} | own
+        assert (given.schedule.name, given.local.lr) == ("constant", load_task("digits").recipe().optimizer["lr"])
+        assert resolve_job({}, job_file(tmp_path, tomli_w.dumps(given.model_dump(mode="json")))).config == given
+        # What is said beats them.
+        said = resolve_job({"mode": "local", "optimizer": {"name": name, "lr": 0.5}}).config.optimizer
+        assert said.model_dump() == given.optimizer.model_dump() | {"lr": 0.5}
 
     def test_a_resolved_job_written_to_a_file_resolves_to_itself(self, tmp_path: Path) -> None:
         import tomli_w
@@ -131,7 +162,15 @@ class TestRefusals:
             ({"seed": -1}, "seed = -1", "greater than or equal to 0"),
             ({"mode": "fast"}, "mode = 'fast'", "'gradient' or 'local'"),
             ({"quorum": 0}, "quorum = 0", "greater than 0"),
-            ({"optimizer": {"name": "lion"}}, "optimizer.name = 'lion'", "'sgd', 'adam' or 'adamw'"),
+            ({"optimizer": {"name": "lion"}}, "optimizer.name = 'lion'", "'fedadam' or 'fedyogi'"),
+            ({"optimizer": {"name": "adam", "momentum": 0.9}}, "optimizer.momentum = 0.9", "0.0 with adam"),
+            ({"optimizer": {"name": "fedadam", "nesterov": True}}, "optimizer.nesterov = True", "False with fedadam"),
+            ({"optimizer": {"name": "fedyogi", "weight_decay": 1}}, "optimizer.weight_decay = 1", "sgd, fedavgm, adam"),
+            ({"optimizer": {"name": "fedavgm", "eps": 0.1}}, "optimizer.eps = 0.1", "1e-08 with fedavgm"),
+            ({"optimizer": {"name": "adam", "betas": [0.9, 1]}}, "optimizer.betas.1 = 1", "less than 1"),
+            ({"optimizer": {"momentum": 0, "nesterov": True}}, "optimizer.nesterov = True", "momentum above 0"),
+            ({"local": {"lr": 0.1, "proximal_mu": 11}}, "local.proximal_mu = 11", "at most 1 / local.lr = 10"),
+            ({"local": {"proximal_mu": -1}}, "local.proximal_mu = -1", "greater than or equal to 0"),
             ({"optimizer": {"momentum": 1.5}}, "optimizer.momentum = 1.5", "less than 1"),
             ({"optimizer": {"decay": 1}}, "optimizer.decay = 1", "weight_decay"),
             ({"split": {"kind": "sorted"}}, "split.kind = 'sorted'", "'iid', 'dirichlet' or 'key'"),

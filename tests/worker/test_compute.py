@@ -125,7 +125,7 @@ def test_local_mode_is_a_plain_loop_of_sgd(model: str, momentum: float) -> None:
     steps, round_ = 5, 2
     settings = job(model=model, mode="local", local=LocalConfig(steps=steps, lr=0.2, momentum=momentum))
     made = computer(settings)
-    made.update(0)  # leaves the model changed, and no state behind
+    made.update(0)  # leaves no state behind
     module = Tiny().build(model, settings.seed)
     with torch.no_grad():
         made.model.flat.copy_(flat(module, lambda p: p))
@@ -147,6 +147,81 @@ def test_local_mode_is_a_plain_loop_of_sgd(model: str, momentum: float) -> None:
     assert update.samples == steps * settings.batch_size
     assert update.buffers == FlatModel(module).buffers()
     assert losses[-1] != losses[0]
+
+
+@pytest.mark.parametrize("model", ["wide", "norm", "linear"])
+@pytest.mark.parametrize("options", [*MODES.values(), {"mode": "local", "local": LocalConfig(steps=4, proximal_mu=3)}])
+def test_w_is_as_before_bit_for_bit(model: str, options: dict[str, Any]) -> None:
+    """Steps of w are taken where the last round began, so computing must leave no trace in it."""
+    made = computer(job(model=model, **options))
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        made.model.flat.copy_(torch.randn(made.model.flat.shape, generator=generator) * 0.3)
+        made.model.flat[::9] = -0.0
+    before, buffers = made.model.flat.numpy().tobytes(), made.model.buffers()
+    for round_ in range(3):
+        update = made.update(round_)
+        assert update.vector is made.model.gradient
+        assert float(update.vector.abs().max()) > 0
+        assert made.model.flat.numpy().tobytes() == before
+    assert (made.model.buffers() == buffers) == (model != "norm")
+
+
+class TestProximal:
+    def local(self, mu: float, model: str = "wide", **options: Any) -> Tensor:
+        settings = LocalConfig.model_validate({"steps": 5, "lr": 0.2, "proximal_mu": mu, **options})
+        return computer(job(model=model, mode="local", local=settings)).update(2).vector.clone()
+
+    def test_without_mu_there_is_no_pull(self) -> None:
+        plain = computer(job(mode="local", local=LocalConfig(steps=5, lr=0.2))).update(2).vector
+        assert torch.equal(self.local(0.0), plain)
+        assert not torch.equal(self.local(1e-3), plain)
+
+    def test_the_first_step_feels_no_pull(self) -> None:
+        assert torch.equal(self.local(4.0, steps=1), self.local(0.0, steps=1))
+
+    def test_the_more_pull_the_nearer(self) -> None:
+        moved = [float(self.local(mu, "linear", steps=30, lr=0.1).norm()) for mu in (0.0, 0.1, 0.5, 2.0)]
+        assert moved == sorted(moved, reverse=True)
+        assert moved[-1] < 0.5 * moved[0]
+
+    def test_full_pull_leaves_only_the_last_gradient_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """At mu = 1 / lr a step forgets all before it: w - lr (g + (w - w_round) / lr) = w_round - lr g."""
+        far = computer(job(model="linear", mode="local", local=LocalConfig(steps=6, lr=0.2, proximal_mu=5)))
+        base = far.model.flat.clone()
+        seen: list[Tensor] = []
+        backward = far._backward
+
+        def noted(*arguments: Any) -> Tensor:
+            loss = backward(*arguments)
+            seen.append(far.model.gradient.clone())
+            return loss
+
+        monkeypatch.setattr(far, "_backward", noted)
+        vector = far.update(2).vector
+        assert len(seen) == 6
+        torch.testing.assert_close(vector, 0.2 * seen[-1], rtol=1e-4, atol=1e-6)
+        assert torch.equal(far.model.flat, base)
+
+    @pytest.mark.parametrize("momentum", [0.0, 0.9])
+    def test_it_is_the_gradient_of_the_penalty(self, momentum: float) -> None:
+        """Plain torch, with mu/2 ||w - w_round||^2 in the loss."""
+        settings = job(mode="local", local=LocalConfig(steps=5, lr=0.2, momentum=momentum, proximal_mu=0.7))
+        module = Tiny().build("wide", settings.seed)
+        base = [parameter.detach().clone() for parameter in module.parameters()]
+        before = flat(module, lambda p: p).clone()
+        torch.manual_seed(torch_seed(settings, 1, 2))
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.2, momentum=momentum)
+        for step in range(5):
+            features, labels = batch(settings, 1, (2 * 5 + step) * settings.batch_size)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(module.train()(features), labels)
+            for parameter, start in zip(module.parameters(), base, strict=True):
+                loss = loss + 0.7 / 2 * (parameter - start).square().sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        expected = before - flat(module, lambda p: p)
+        torch.testing.assert_close(computer(settings).update(2).vector, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_evaluation_leaves_the_model_alone() -> None:
