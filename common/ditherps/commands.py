@@ -55,7 +55,11 @@ def compare(
     codec: Annotated[
         list[str],
         typer.Option(
-            "--codec", "-c", help="NAME or NAME:option=value,...; repeat it for each codec.", show_default=False
+            "--codec",
+            "-c",
+            help="UP or UP/DOWN, each NAME or NAME:option=value,...; repeat it for each run. DOWN is the codec of the "
+            "model's way to the workers (default: --downlink-codec, else as UP); with none it travels in float32.",
+            show_default=False,
         ),
     ],
     downlink_codec: options.DownlinkCodec = None,
@@ -72,7 +76,12 @@ def compare(
     json_: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Train one task under several codecs on this machine, one after another, and compare what it cost."""
+    """Train one task under several codecs on this machine, one after another, and compare what it cost.
+
+    Float32 both ways, one codec both ways, and the same with a model that travels down in float32:
+
+        ditherps compare --codec none --codec dqsg --codec dqsg/none
+    """
     from ditherps import compare as comparing
 
     flags = options.job_flags(task, model, workers, rounds, None, None, downlink_codec, mode, seed, set_)
@@ -98,9 +107,14 @@ def status(
 
 def plot(
     run_dirs: Annotated[list[Path], typer.Argument(help="Run folders of one task.")],
-    out: Annotated[Path, typer.Option(help="PNG to write.")] = Path("accuracy_bits.png"),
+    value: Annotated[str, typer.Option(help="accuracy, or loss (the test's, or training's without it).")] = "accuracy",
+    against: Annotated[str, typer.Option(help="bits (of both directions), or seconds.")] = "bits",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="PNG to write (default: accuracy_bits.png, loss_time.png, ...).", show_default=False),
+    ] = None,
 ) -> None:
-    """Draw test accuracy against uplink bits of several runs beside each other."""
-    from ditherps.plots import plot_comparison
+    """Draw what several runs reached against what they cost, beside each other."""
+    from ditherps.plots import plot_comparison, plot_name
 
-    print(plot_comparison(run_dirs, out))
+    print(plot_comparison(run_dirs, out or Path(plot_name(value, against)), value=value, against=against))

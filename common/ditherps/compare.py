@@ -13,43 +13,46 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ditherps.codecs import parse
+from ditherps.codecs import codec
 from ditherps.config import merged
+from ditherps.downlink import downlink_codec, job_options
 from ditherps.errors import DitherpsError, ExitCode, OptionError
 from ditherps.job import ResolvedJob, resolve_job
 from ditherps.local import run_local
 
 _KEPT = (
-    "test_accuracy", "test_loss", "uplink_bytes", "downlink_bytes", "uplink_bits_per_coordinate",
-    "compression_vs_float32", "seconds", "rounds", "workers", "reason", "model_sha256",
+    "downlink_codec", "test_accuracy", "test_loss", "uplink_bytes", "downlink_bytes", "uplink_bits_per_coordinate",
+    "downlink_bits_per_coordinate", "total_bits_per_coordinate", "compression_vs_float32",
+    "total_compression_vs_float32", "seconds", "rounds", "workers", "reason", "model_sha256",
 )  # fmt: skip
+_WIDTH = 100
+"""Columns of the table where there is no terminal."""
 
 
 def resolve(specs: Sequence[str], flags: Mapping[str, Any], config: Path | None = None) -> list[ResolvedJob]:
     """The jobs to compare, all checked before the first begins.
 
     Args:
-        specs: codecs as `ditherps.codecs.parse` reads them.
-        flags: the job without its codec, as `ditherps.job.resolve_job` takes it.
+        specs: codecs as `ditherps.downlink.directions` reads them: UP or UP/DOWN.
+        flags: the job without its codec, as `ditherps.job.resolve_job` takes it; its downlink's codec is that of the
+            runs that name none.
         config: a job file; what it says of a codec's options holds where that codec is compared.
 
     Raises:
         OptionError: no codec, one twice, or anything that is not allowed.
     """
     if not specs or len(set(specs)) < len(specs):
-        raise OptionError("--codec", ", ".join(specs), "each once: --codec none --codec dqsg")
-    jobs = []
-    for spec in specs:
-        used = parse(spec)
-        given = used.options.model_dump(mode="json", exclude_unset=True)
-        jobs.append(resolve_job(merged(flags, {"codec": used.name, "codec_options": given}), config))
+        raise OptionError("--codec", ", ".join(specs), "each once: --codec none --codec dqsg --codec dqsg/none")
+    jobs = [resolve_job(merged(flags, job_options(spec)), config) for spec in specs]
+    for job in jobs:
+        downlink_codec(job.config.downlink, codec(job.config.codec, **job.config.codec_options))
     return jobs
 
 
 def compare(
     specs: Sequence[str], jobs: Sequence[ResolvedJob], run_dir: Path, data_dir: Path | None, *, verbose: bool = False
 ) -> tuple[dict[str, Any], int]:
-    """Run the jobs into folders of their own in `run_dir`; write `compare.json` and two plots there.
+    """Run the jobs into folders of their own in `run_dir`; write `compare.json` and the plots there.
 
     Args:
         specs: names of the jobs, and
@@ -59,9 +62,9 @@ def compare(
         verbose: log more.
 
     Returns:
-        What `compare.json` holds: `task`, `runs` (one a codec, with its `codec`, `run_dir`, `exit_code`, `failure` or
-        null, and figures of its result), `plots`. And the exit code of the first run that failed, or 0. A failure
-        leaves the others alone; an interrupt ends all.
+        What `compare.json` holds: `task`, `runs` (one a name, which stands in its `codec`, with `run_dir`, `exit_code`,
+        `failure` or null, and figures of its result), `plots`. And the exit code of the first run that failed, or 0.
+        A failure leaves the others alone; an interrupt ends all.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -85,17 +88,22 @@ def compare(
 
 
 def _plots(rows: Sequence[Mapping[str, Any]], run_dir: Path) -> list[Path]:
-    """Accuracy against bits and against time, of the runs that ended well and were evaluated."""
-    from ditherps.plots import plot_comparison
+    """Accuracy and loss against the bits of both directions, accuracy against time, of the runs that ended well."""
+    from ditherps.plots import plot_comparison, plot_name
 
-    shown = [row for row in rows if not row["failure"] and row["test_accuracy"] is not None]
-    if not shown:
-        return []
-    folders, labels = [Path(row["run_dir"]) for row in shown], [row["codec"] for row in shown]
-    return [
-        plot_comparison(folders, run_dir / "accuracy_bits.png", labels=labels),
-        plot_comparison(folders, run_dir / "accuracy_time.png", labels=labels, against="seconds"),
-    ]
+    shown = [row for row in rows if not row["failure"] and row["rounds"]]
+    evaluated = [row for row in shown if row["test_accuracy"] is not None]
+    paths = []
+    for of, value, against in (
+        (evaluated, "accuracy", "bits"),
+        (shown, "loss", "bits"),
+        (evaluated, "accuracy", "seconds"),
+    ):
+        if of:
+            folders, labels = [Path(row["run_dir"]) for row in of], [row["codec"] for row in of]
+            path = run_dir / plot_name(value, against)
+            paths.append(plot_comparison(folders, path, value=value, against=against, labels=labels))
+    return paths
 
 
 def table(comparison: Mapping[str, Any]) -> Table:
@@ -104,23 +112,24 @@ def table(comparison: Mapping[str, Any]) -> Table:
     well = next((row for row in rows if row["rounds"] is not None), None)
     about = f", {well['rounds']} rounds, {well['workers']} workers" if well else ""
     result = Table(title=f"{comparison['task']}{about}", padding=(0, 1, 0, 0))
-    result.caption = "up, down: all workers; bits: uplink, a coordinate; below: how many times less than float32"
+    result.caption = "Mbit: all workers; bits: a coordinate; below: how many times less than float32 in both directions"
     result.add_column("codec", overflow="fold", min_width=14)
-    for column in ("accuracy", "loss", "up Mbit", "bits", "below", "seconds", "down Mbit"):
+    for column in ("accuracy", "loss", "up Mbit", "down Mbit", "bits up", "bits down", "below", "seconds"):
         result.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         if row["failure"]:
-            result.add_row(Text(f"{row['codec']}: failed: {row['failure']}"), *["-"] * 7)
+            result.add_row(Text(f"{row['codec']}: failed: {row['failure']}"), *["-"] * 8)
             continue
         cells = (
             row["codec"],
             _number(row["test_accuracy"], ".4f"),
             _number(row["test_loss"], ".4f"),
             f"{8e-6 * row['uplink_bytes']:,.2f}",
-            _number(row["uplink_bits_per_coordinate"], ".3f"),
-            _number(row["compression_vs_float32"], ".1f"),
-            f"{row['seconds']:.1f}",
             f"{8e-6 * row['downlink_bytes']:,.2f}",
+            _number(row["uplink_bits_per_coordinate"], ".3f"),
+            _number(row["downlink_bits_per_coordinate"], ".3f"),
+            _number(row["total_compression_vs_float32"], ".1f"),
+            f"{row['seconds']:.1f}",
         )
         result.add_row(*map(Text, cells))
     return result
@@ -132,6 +141,6 @@ def _number(value: float | None, form: str) -> str:
 
 def print_table(comparison: Mapping[str, Any]) -> None:
     """Print the table, and where the plots are, on standard output."""
-    Console().print(table(comparison))
+    Console(width=None if sys.stdout.isatty() else _WIDTH).print(table(comparison))
     for path in comparison["plots"]:
         print(path)

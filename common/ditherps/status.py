@@ -44,7 +44,9 @@ def print_status(status: pb.StatusResponse, *, as_json: bool) -> None:
         f"waits {status.waiting_seconds:.1f} s for {status.waiting_for}"
     )
     console.print(
-        f"up {bits(status.uplink_bytes)}, down {bits(status.downlink_bytes)}, up for {status.uptime_seconds:.0f} s"
+        f"uplink {bits(status.uplink_bytes)}, downlink {bits(status.downlink_bytes)} with "
+        f"[b]{status.downlink_codec or 'none'}[/b], both {bits(status.uplink_bytes + status.downlink_bytes)}; "
+        f"running for {status.uptime_seconds:.0f} s"
     )
     table = Table("index", "worker", "state", "last seen")
     for member in status.members:

@@ -48,6 +48,8 @@ class Progress:
         self.last: Mapping[str, Any] = {}
         self.accuracy: float | None = None
         self.tiles = self.failed_tiles = 0
+        self.float32_bytes = self.up = self.down = 0
+        """Of the rounds that were added: what float32 takes in one direction, and what was sent."""
         self.started = time.monotonic()
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -58,6 +60,9 @@ class Progress:
             self.accuracy = record["test_accuracy"]
         self.tiles += record["nested_tiles"]
         self.failed_tiles += record["nested_failed_tiles"]
+        self.float32_bytes += 4 * record["coordinates"] * len(record["workers"])
+        self.up += record["uplink_bytes"]
+        self.down += record["downlink_bytes"]
 
     @property
     def rounds(self) -> int:
@@ -71,6 +76,14 @@ class Progress:
             return None
         seconds = self.last["elapsed_seconds"] - self.first["elapsed_seconds"]
         return float(seconds) / (self.rounds - 1) * (self.job.rounds - self.rounds)
+
+    @property
+    def below_float32(self) -> tuple[str, str, str]:
+        """How many times less than float32 went up, down, and in both directions; question marks while unknown."""
+        float32 = self.float32_bytes
+        shares = ((float32, self.up), (float32, self.down), (2 * float32, self.up + self.down))
+        up, down, both = (f"{plain / sent:.1f}" if plain and sent else "?" for plain, sent in shares)
+        return up, down, both
 
     @property
     def failed_share(self) -> float | None:
@@ -126,10 +139,11 @@ class PlainView:
             return
         accuracy = f" accuracy {progress.accuracy:.4f}" if progress.accuracy is not None else ""
         loss = f" loss {record['train_loss']:.4f}" if record["train_loss"] is not None else ""
-        up, down = record["uplink_total_bytes"], record["downlink_total_bytes"]
+        up, down = bits(record["uplink_total_bytes"]), bits(record["downlink_total_bytes"])
+        below_up, below_down, below = progress.below_float32
         self.note(
-            f"round {progress.rounds}/{progress.job.rounds}{loss}{accuracy} "
-            f"up {bits(up)} down {bits(down)} left {clock(progress.seconds_left)}"
+            f"round {progress.rounds}/{progress.job.rounds}{loss}{accuracy} up {up} (1/{below_up}) "
+            f"down {down} (1/{below_down}) both 1/{below} of float32, left {clock(progress.seconds_left)}"
         )
         if progress.failing and not self._warned:
             self._warned = True
@@ -167,11 +181,12 @@ class LiveView:
         if record:
             up, down, rounds = record["uplink_total_bytes"], record["downlink_total_bytes"], progress.rounds
             contributions = len(record["workers"])
+            below_up, below_down, below = progress.below_float32
             table.add_row("[b]loss[/b]", _number(record["train_loss"]), "[b]accuracy[/b]", _number(progress.accuracy))
             table.add_row("[b]up[/b]", f"{bits(up)}  ({bits(up / rounds)} a round)", "[b]workers[/b]",
                           f"{contributions} of {job.workers} in the last round")  # fmt: skip
-            table.add_row("[b]down[/b]", f"{bits(down)}  ({bits(down / rounds)} a round)", "[b]float32[/b]",
-                          f"uplink {_ratio(record)} times smaller")  # fmt: skip
+            table.add_row("[b]down[/b]", f"{bits(down)}  ({bits(down / rounds)} a round)", "[b]below float32[/b]",
+                          f"{below_up} up, {below_down} down, {below} both")  # fmt: skip
             share = progress.failed_share
             nested = "no nested senders" if share is None else f"{100 * share:.2f} % of tiles failed"
             table.add_row("[b]nested[/b]", f"[red]{nested}[/red]" if progress.failing else nested, "[b]left[/b]",
@@ -179,7 +194,7 @@ class LiveView:
         else:
             table.add_row(f"waiting for {job.workers} workers, {time.monotonic() - progress.started:.0f} s")
         bar = ProgressBar(total=job.rounds, completed=progress.rounds)
-        title = f"[b]ditherps[/b]  {job.task}  ·  {job.codec}  ·  round {progress.rounds}/{job.rounds}"
+        title = f"[b]ditherps[/b]  {job.task}  ·  {_codecs(job)}  ·  round {progress.rounds}/{job.rounds}"
         parts: list[RenderableType] = [table, bar]
         if progress.failing:
             parts.append(Text(failure_warning(progress), style="yellow"))
@@ -217,6 +232,6 @@ def _number(value: float | None) -> str:
     return "?" if value is None else f"{value:.4f}"
 
 
-def _ratio(record: Mapping[str, Any]) -> str:
-    values = record["coordinates"] * len(record["workers"])
-    return f"{4 * values / record['uplink_bytes']:.1f}" if record["uplink_bytes"] else "?"
+def _codecs(job: JobConfig) -> str:
+    """UP, or UP/DOWN where the job says what goes down."""
+    return f"{job.codec}/{job.downlink.codec}" if job.downlink.codec else job.codec

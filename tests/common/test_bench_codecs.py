@@ -21,6 +21,7 @@ from ditherps.bench import codecs as bench
 from ditherps.bench import equal, threads
 from ditherps.bench.commands import bench as commands
 from ditherps.bench.limits import shannon_bits
+from ditherps.bench.plots import plot_rate_distortion
 from ditherps.bench.quality import quality
 from ditherps.bench.sources import SOURCES, SPARSE_SHARE, source
 from ditherps.codecs import Codec, Context, Encoded, codec_names, parse
@@ -28,7 +29,6 @@ from ditherps.codecs.base import HEADER, Span
 from ditherps.codecs.plain import NoOptions
 from ditherps.dither import Address
 from ditherps.errors import OptionError, UserError
-from ditherps.plots import plot_rate_distortion
 
 KEYS = {
     "codec",

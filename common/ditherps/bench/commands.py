@@ -76,7 +76,7 @@ def codecs(
             records += run_avx2(chosen, coordinates, repeats, sources=sources, threads=threads, rounds=rounds)
         Console().print(table(records))
     if plot is not None:
-        from ditherps.plots import plot_rate_distortion
+        from ditherps.bench.plots import plot_rate_distortion
 
         print(plot_rate_distortion(records, plot))
     if json_:
@@ -107,7 +107,12 @@ def gradients(
 @bench.command()
 def rounds(
     codecs: Annotated[
-        list[str] | None, typer.Argument(help="Codecs (default: none, dqsg).", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            help="UP or UP/DOWN, each NAME or NAME:option=value,...; DOWN is the codec of the model's way to the "
+            "workers, by default the uplink's (default: none, dqsg).",
+            show_default=False,
+        ),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 4,
     rounds: Annotated[int, typer.Option(min=5, help="Rounds of each codec.")] = 20,
