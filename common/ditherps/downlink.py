@@ -34,7 +34,7 @@ def downlink_codec(config: DownlinkConfig, uplink: Codec) -> Codec | None:
     Raises:
         OptionError: there is no such codec, or steps cannot be encoded with it.
     """
-    codec = parse(config.codec) if config.codec else uplink.for_role(Role.SOURCE)
+    codec = parse(config.codec) if config.codec else uplink.for_role(Role.SOURCE).for_model()
     if codec.needs_side_information:
         raise OptionError("downlink.codec", config.codec, "a codec without side information, such as dqsg")
     return None if codec.name == "none" else codec

@@ -98,6 +98,10 @@ class ServerMetrics(_Metrics):
         self.update_nmse = self._gauge("update_nmse", "Expected squared error of updates over their squared norm.")
         self.learning_rate = self._gauge("learning_rate", "Learning rate of the server's optimizer.")
         self.staged_bytes = self._gauge("staged_bytes", "Bytes of contributions that are held now.")
+        self.checkpoint_seconds = self._gauge("checkpoint_seconds", "How long writing the last checkpoint took.")
+        self.checkpoint_timestamp_seconds = self._gauge(
+            "checkpoint_timestamp_seconds", "When the last checkpoint was written."
+        )
         self.waiting_seconds = self._gauge(
             "waiting_seconds", "How long the server has been waiting for what it waits for."
         )

@@ -46,7 +46,7 @@ DownlinkCodec = Annotated[
     _option(
         "--downlink-codec",
         env="DOWNLINK_CODEC",
-        text="NAME or NAME:option=value,... of the model's way to the workers (default: as the uplink).",
+        text="NAME or NAME:option=value,... of the way down; none: float32 (default: the uplink's kind).",
     ),
 ]
 Mode = Annotated[
@@ -91,6 +91,17 @@ MetricsPort = Annotated[
         panel=RUN,
     ),
 ]
+Resume = Annotated[
+    bool | None,
+    _option("--resume", env="RESUME", text="Go on from the checkpoint in the run folder, if any.", panel=RUN),
+]
+CheckpointEvery = Annotated[
+    int | None,
+    _option(
+        "--checkpoint-every", env="CHECKPOINT_EVERY", text="Rounds between checkpoints (default: 20 in a run).",
+        panel=RUN,
+    ),
+]  # fmt: skip
 Init = Annotated[Path | None, _option("--init", env="INIT", text="First parameters, as safetensors.", panel=RUN)]
 Insecure = Annotated[
     bool | None,

@@ -99,9 +99,11 @@ class Traffic:
 class WireMeter:
     """Counts wire bytes of both directions, on either end; safe to call from gRPC's threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: Traffic | None = None) -> None:
+        """`before`: what to go on from."""
         self._lock = threading.Lock()
-        self._uplink_bytes = self._downlink_bytes = self._rpcs = 0
+        before = before or Traffic()
+        self._uplink_bytes, self._downlink_bytes, self._rpcs = before.uplink_bytes, before.downlink_bytes, before.rpcs
 
     def count_rpc(self) -> None:
         """One more RPC, with the stated constant for its headers."""

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import os
-import secrets
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +36,7 @@ from ditherps_server.members import Members
 from ditherps_server.model import ServerModel
 from ditherps_server.records import Recorder, RunResult
 from ditherps_server.rounds import Rules
+from ditherps_server.saving import Origin, Saver, resumed
 from ditherps_server.service import ParameterServerService
 from ditherps_server.updater import Updater
 
@@ -64,6 +64,7 @@ async def serve(
     broadcast = Broadcast(job.downlink, job.seed, model, down and down.for_layout(model.layout), pool)
     updater = Updater(model, job, codec, broadcast, pool)
     _check_staging(job, codec, updater)
+    origin = resumed(config, job, model, updater.optimizer)
     evaluator = None
     if job.evaluator != "worker":
         must = job.evaluator == "server"
@@ -72,13 +73,14 @@ async def serve(
         kernels.warm(used)
 
     recorder = Recorder(config.run_dir, listeners=[on_round] if on_round else [])
-    metrics, meter = ServerMetrics(ditherps.__version__), wire.WireMeter()
+    metrics, meter = ServerMetrics(ditherps.__version__), wire.WireMeter(_traffic(origin))
     metrics_port = metrics.serve(config.metrics_host, config.metrics_port) if config.metrics_port >= 0 else None
-    job_id, epoch = secrets.token_hex(8), 1
+    saver = Saver(config, job, origin, model, updater.optimizer)
     coordinator = Coordinator(
         job, rules_of(job, codec, server_evaluates=evaluator is not None), model, broadcast,
         updater, evaluator,
-        Members(job.member_table, job_id, epoch), recorder, metrics, meter,
+        Members(job.member_table, origin.job_id, origin.epoch, origin.leases), recorder, saver, metrics, meter,
+        origin.totals,
     )  # fmt: skip
     interceptor = ErrorInterceptor(
         meter, job.idle_timeout_seconds, lambda reason: metrics.refused_rpcs.labels(reason.value).inc()
@@ -86,19 +88,20 @@ async def serve(
     server = grpc.aio.server(options=wire.SERVER_OPTIONS, interceptors=[interceptor])
     # A worker that is busy must not look silent.
     heartbeat_seconds = min(config.heartbeat_seconds, job.idle_timeout_seconds / 3)
-    service = ParameterServerService(coordinator, job_id, heartbeat_seconds)
+    service = ParameterServerService(coordinator, origin.job_id, heartbeat_seconds)
     server.add_generic_rpc_handlers((wire.service_handler(service, meter),))
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     if config.reflection:
         _add_reflection(server)
     port = _bind(server, config)
-    recorder.start(job)
+    recorder.start(job, model.version)
     await server.start()
     for name in ("", wire.SERVICE.full_name):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     address = f"{config.host}:{port}"
-    _announce(config.run_dir, {"address": address, "metrics_port": metrics_port, "pid": os.getpid(), "job_id": job_id})
+    announced = {"address": address, "metrics_port": metrics_port, "pid": os.getpid(), "job_id": origin.job_id}
+    _announce(config.run_dir, announced)
     log.info("listening on %s for %d workers; run folder %s", address, job.workers, config.run_dir)
 
     _stop_on_signals(coordinator)
@@ -111,6 +114,10 @@ async def serve(
         await health_servicer.enter_graceful_shutdown()
         await server.stop(1.0)
         pool.shutdown(cancel_futures=True)
+    if reason is Reason.FINISHED:
+        saver.discard()
+    elif not coordinator.failure:
+        coordinator.save()
     result = _result(job, config, coordinator, meter.traffic, reason)
     model.save(config.run_dir / "model.safetensors")
     recorder.finish(result)
@@ -118,6 +125,11 @@ async def serve(
         because = coordinator.failure or _EXPLAINED.get(reason, reason)
         raise RunFailedError(reason, f"the run ended at round {model.version} of {job.rounds}: {because}")
     return result
+
+
+def _traffic(origin: Origin) -> Traffic:
+    """What the servers before this one had sent and received."""
+    return Traffic(**origin.totals.get("traffic", {}))
 
 
 _EXPLAINED = {
@@ -203,7 +215,7 @@ def _result(
     bits, bits_down = (8 * n / sent if sent else None for n in (traffic.uplink_bytes, traffic.downlink_bytes))
     both = bits + bits_down if bits is not None and bits_down is not None else None
     kbit = 8e-3 * traffic.uplink_bytes / totals.contributions if sent else None
-    seconds = totals.finished - totals.first_opened
+    seconds = totals.finished - totals.began
     return RunResult(
         task=job.task, model=job.model, codec=job.codec, codec_options=job.codec_options,
         downlink_codec=coordinator.broadcast.codec_spec, mode=job.mode, workers=job.workers,

@@ -115,7 +115,8 @@ class Broadcast:
             raise RefusedError(Reason.VERSION_UNAVAILABLE, f"version {wanted} is not here; the present one is {newest}")
         if closing and held_digest:
             raise RefusedError(Reason.VERSION_UNAVAILABLE, f"version {wanted} is over")
-        mismatch = held is not None and bool(held_digest) and held_digest != self._digest_at(held)
+        known = self._digest_at(held) if held is not None and held_digest else None
+        mismatch = known is not None and held_digest != known
         way = cheapest(self.history, None if mismatch else held, newest, self._snapshots(newest), STEP_OVERHEAD_BYTES)
         key = (way.first if not way.snapshot else None, newest)
         if key not in self._answers:
@@ -127,6 +128,7 @@ class Broadcast:
         return replace(self._answers[key], mismatch=mismatch)
 
     def _digest_at(self, version: int) -> bytes | None:
+        """None for a version from which no step leads on: then what is held does not matter."""
         return self._model.digest if version == self._model.version else self.history.digest_at(version)
 
     def _snapshots(self, newest: int) -> list[tuple[int, int]]:

@@ -34,6 +34,8 @@ def server(
     metrics_host: options.MetricsHost = None,
     metrics_port: options.MetricsPort = None,
     init: options.Init = None,
+    resume: options.Resume = None,
+    checkpoint_every: options.CheckpointEvery = None,
     insecure: options.Insecure = None,
     reflection: options.Reflection = None,
     json_: options.Json = False,
@@ -48,7 +50,8 @@ def server(
     job = resolve_job(asked, config)
     given: dict[str, Any] = {
         "run_dir": run_dir, "data_dir": data_dir, "host": host, "port": port, "metrics_host": metrics_host,
-        "metrics_port": metrics_port, "init": init, "insecure": insecure, "reflection": reflection,
+        "metrics_port": metrics_port, "init": init, "resume": resume, "checkpoint_every": checkpoint_every,
+        "insecure": insecure, "reflection": reflection,
     }  # fmt: skip
     defaults = {"run_dir": options.default_run_dir(job.config.task, job.config.codec)}
     flags = {key: value for key, value in given.items() if value is not None}

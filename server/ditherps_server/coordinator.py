@@ -9,8 +9,9 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ditherps.codecs import Role
 from ditherps.config import JobConfig
@@ -25,7 +26,7 @@ from ditherps.errors import (
 from ditherps.metrics import DOWN, UP, ServerMetrics
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
-from ditherps.wire import Traffic, WireMeter
+from ditherps.wire import WireMeter
 from ditherps_server import rounds
 from ditherps_server.broadcast import Answer, Broadcast
 from ditherps_server.evaluation import Evaluation, Evaluator
@@ -33,6 +34,7 @@ from ditherps_server.members import Members, Session
 from ditherps_server.model import ServerModel
 from ditherps_server.records import Recorder, RoundRecord
 from ditherps_server.rounds import Phase, Plan, Rules
+from ditherps_server.saving import Saver
 from ditherps_server.staging import Announcement, Contribution, Staging
 from ditherps_server.updater import Updater, UpdateReport
 from ditherps_server.watch import Watchers
@@ -55,7 +57,8 @@ _PHASES = {
 class Totals:
     """What a run adds up to."""
 
-    first_opened: float = math.nan
+    began: float = math.nan
+    """When the first round opened, had the server been there ever since (on the coordinator's clock)."""
     finished: float = math.nan
     contributions: int = 0
     uplink_payload_bytes: int = 0
@@ -66,6 +69,20 @@ class Totals:
     """Steps of w that were sent, each counted once for each worker that got it."""
     downlink_snapshots: int = 0
     digest_mismatches: int = 0
+
+    def saved(self, now: float) -> dict[str, Any]:
+        """As plain values, from which `restored` goes on."""
+        counts = asdict(self)
+        began = counts.pop("began")
+        del counts["finished"]
+        return counts | {"elapsed_seconds": now - began}
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any], now: float) -> Totals:
+        """From what `saved` gave, at another time."""
+        counts = {key: value for key, value in saved.items() if key != "traffic"}
+        elapsed = counts.pop("elapsed_seconds", math.nan)
+        return cls(**counts, began=now - elapsed)
 
 
 class Coordinator:
@@ -81,17 +98,20 @@ class Coordinator:
         evaluator: Evaluator | None,
         members: Members,
         recorder: Recorder,
+        saver: Saver,
         metrics: ServerMetrics,
         meter: WireMeter,
+        totals: Mapping[str, Any],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.job, self.model, self.members, self.totals = job, model, members, Totals()
-        self.broadcast, self.initial_digest = broadcast, model.digest
+        """`totals`: what a server before this one had added up, as `Totals.saved` gave it."""
+        self.job, self.model, self.members, self.totals = job, model, members, Totals.restored(totals, clock())
+        self.broadcast, self.saver = broadcast, saver
         self.last_evaluation: Evaluation | None = None
         self.model_sha256 = self.failure = ""
         self._rules, self._updater, self._evaluator = rules, updater, evaluator
         self._recorder, self._metrics, self._meter, self._clock = recorder, metrics, meter, clock
-        self._state = rounds.State(since=clock())
+        self._state = rounds.State(since=clock(), round=model.version, version=model.version)
         self._staging = Staging(job.staging_bytes)
         self._watchers = Watchers()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -101,8 +121,8 @@ class Coordinator:
         self._entered: dict[int, types_pb2.RoundResult] = {}
         """By worker, the last round that its contribution entered: it may not have been listening."""
         self._evaluation: Evaluation | None = None
-        self._counted = self._exported = Traffic()
-        self._payload_before = (0, 0)
+        self._counted = self._exported = meter.traffic
+        self._payload_before = (self.totals.uplink_payload_bytes, self.totals.downlink_payload_bytes)
         self._warned = False
 
     # What the service asks for.
@@ -296,6 +316,13 @@ class Coordinator:
         self._tell()
         return self._finished.result()
 
+    def save(self) -> None:
+        """Write a checkpoint of the last applied round; only while nothing changes the model."""
+        traffic = self._meter.traffic
+        totals = {**self.totals.saved(self._clock()), "traffic": asdict(traffic)}
+        self._metrics.checkpoint_seconds.set(self.saver.save(self.members.leases, totals))
+        self._metrics.checkpoint_timestamp_seconds.set_to_current_time()
+
     def stop(self, reason: Reason) -> None:
         """End the run now."""
         self._handle(rounds.Stop(reason))
@@ -352,8 +379,8 @@ class Coordinator:
         task.add_done_callback(self._tasks.discard)
 
     def _open(self, plan: Plan) -> None:
-        if math.isnan(self.totals.first_opened):
-            self.totals.first_opened = plan.opened_at
+        if math.isnan(self.totals.began):
+            self.totals.began = plan.opened_at
         self._evaluation = None
         self._metrics.round.set(plan.round)
         self._tell()
@@ -395,6 +422,8 @@ class Coordinator:
         record = self._record(action, announcements, report, now)
         self._count(record)
         self._recorder.add(record)
+        if self.saver.due(record.version):
+            await asyncio.to_thread(self.save)
         self._end_round(plan, members=action.members)
         self._handle(rounds.Applied(self.model.version))
 
@@ -411,7 +440,7 @@ class Coordinator:
             round=plan.round, attempt=plan.attempt, base_version=plan.base_version, version=self.model.version,
             workers=list(action.members), coordinates=self.model.layout.coordinates,
             absent={index: reason.value for index, reason in action.absent.items()},
-            elapsed_seconds=now - totals.first_opened, round_seconds=now - plan.opened_at, samples=samples,
+            elapsed_seconds=now - totals.began, round_seconds=now - plan.opened_at, samples=samples,
             train_loss=_mean([a.loss for a in announcements], [a.samples for a in announcements]),
             learning_rate=report.learning_rate,
             test_accuracy=evaluation.accuracy if evaluation else None,
@@ -426,6 +455,7 @@ class Coordinator:
             decode_seconds=report.decode_seconds,
             step_bytes=step.nbytes if step else 0, step_nmse=step.nmse if step else None,
             step_rate=step.rate if step else 1.0, step_encode_seconds=step.encode_seconds if step else 0.0,
+            w_digest=self.model.digest.hex(),
             nested_tiles=report.decode.tiles, nested_failed_tiles=report.decode.failed_tiles,
         )  # fmt: skip
 

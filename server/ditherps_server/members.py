@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ditherps.config import WORKER_NAME
@@ -17,7 +18,6 @@ class Session:
 
     index: int
     number: int
-    lease_key: bytes
 
 
 class Members:
@@ -27,8 +27,12 @@ class Members:
     name leases the lowest free one under a key that it keeps.
     """
 
-    def __init__(self, table: tuple[str, ...], job_id: str, server_epoch: int) -> None:
+    def __init__(
+        self, table: tuple[str, ...], job_id: str, server_epoch: int, leases: Mapping[int, bytes] | None = None
+    ) -> None:
         self.names = table
+        self.leases = dict(leases or {})
+        """By index, the key of who joined last."""
         self._index = {name: index for index, name in enumerate(table)}
         self._job_id = job_id
         self._server_epoch = server_epoch
@@ -49,13 +53,14 @@ class Members:
             shown = ", ".join(self.names[:4]) + (", ..." if len(self.names) > 4 else "")
             raise RefusedError(Reason.UNKNOWN_MEMBER, f"{name!r} is not a member of this job; members: {shown}")
         self._count += 1
-        session = self._sessions[index] = Session(index, self._count, lease_key)
+        self.leases[index] = lease_key
+        session = self._sessions[index] = Session(index, self._count)
         return session
 
     def _lease(self, lease_key: bytes, occupied: frozenset[int]) -> int:
-        for session in self._sessions.values():
-            if lease_key and session.lease_key == lease_key:
-                return session.index
+        for index, known in self.leases.items():
+            if lease_key and known == lease_key:
+                return index
         for index in range(len(self.names)):
             if index not in occupied:
                 return index

@@ -55,6 +55,8 @@ class RoundRecord:
     step_rate: float
     """What of the decoded step w took."""
     step_encode_seconds: float
+    w_digest: str
+    """XXH3-128 (hex) of w, then the buffers, after this round."""
     nested_tiles: int
     nested_failed_tiles: int
 
@@ -116,13 +118,17 @@ class Recorder:
     run_dir: Path
     listeners: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
 
-    def start(self, job: JobConfig) -> None:
-        """Write the resolved job file, and begin an empty `rounds.jsonl`."""
+    def start(self, job: JobConfig, version: int = 0) -> None:
+        """Write the resolved job file; keep the records of the rounds up to `version`, with which the run goes on."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
         for leftover in ("result.json", "model.safetensors"):
             (self.run_dir / leftover).unlink(missing_ok=True)
         (self.run_dir / "job.toml").write_text(tomli_w.dumps(job.model_dump(mode="json")))
-        (self.run_dir / "rounds.jsonl").write_text("")
+        records = self.run_dir / "rounds.jsonl"
+        lines = records.read_text().splitlines(keepends=True) if version and records.exists() else []
+        # A record may be half written, or of a round that came after the checkpoint and will be run again.
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["version"] <= version]
+        records.write_text("".join(kept))
 
     def add(self, record: RoundRecord) -> None:
         """Append one round."""

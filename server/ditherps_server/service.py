@@ -49,7 +49,7 @@ class ParameterServerService:
             chunk_bytes=wire.CHUNK_BYTES,
             heartbeat_seconds=self._heartbeat_seconds,
             idle_timeout_seconds=job.idle_timeout_seconds,
-            initial_digest=coordinator.initial_digest,
+            initial_digest=coordinator.saver.initial_digest,
         )
 
     async def Watch(self, request: pb.WatchRequest, _: Context) -> AsyncIterator[pb.WatchResponse]:  # noqa: N802

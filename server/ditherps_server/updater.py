@@ -46,7 +46,7 @@ class Updater:
         self._codecs = {role: codec.for_role(role) for role in codec.roles}
         self._running_side = getattr(codec.options, "side", "sources") == "running"
         self._pool = pool
-        self._optimizer = ServerOptimizer(model.x, job.optimizer, job.schedule, job.rounds)
+        self.optimizer = ServerOptimizer(model.x, job.optimizer, job.schedule, job.rounds)
         self._update = torch.empty_like(model.x)
 
     def largest_update_bytes(self, role: Role) -> int:
@@ -82,8 +82,8 @@ class Updater:
         if largest_bits(self._update.numpy().view(np.int32), 0, len(self._update)) >= INFINITY_BITS:
             raise RefusedError(Reason.NON_FINITE, "the mean of the contributions is not finite")
         decode_seconds = time.perf_counter() - began
-        learning_rate = self._optimizer.learning_rate
-        self._optimizer.apply(self._update)
+        learning_rate = self.optimizer.learning_rate
+        self.optimizer.apply(self._update)
         step = self._broadcast.step(self._update)
         weights = [float(contribution.announcement.samples) for contribution in contributions]
         self._model.advance(mean_buffers(self._model.layout, [c.buffers for c in contributions], weights))

@@ -29,11 +29,10 @@ def environment(**extra: str) -> dict[str, str]:
 
 def start(arguments: Sequence[object], **options: Any) -> subprocess.Popen[str]:
     """Start `ditherps ARGUMENTS`."""
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     return subprocess.Popen(
-        [sys.executable, "-m", "ditherps", *map(str, arguments)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
-        **options,
-    )  # fmt: skip
+        [sys.executable, "-m", "ditherps", *map(str, arguments)], text=True, env=environment(), **streams
+    )
 
 
 def run(arguments: Sequence[object], timeout: float = 100.0, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -71,10 +70,11 @@ class Cluster:
         self.processes: dict[str, subprocess.Popen[str]] = {}
 
     def server(self, *arguments: object) -> None:
-        """Start the server and wait until it listens."""
+        """Start the server and wait until it listens: at the port that it had before, or at any."""
         (self.run_dir / "server.json").unlink(missing_ok=True)
+        port = self.address.rpartition(":")[2] or 0
         process = self.processes["server"] = start(
-            ["server", "--run-dir", self.run_dir, "--port", 0, "--metrics-port", 0, "--json", *arguments]
+            ["server", "--run-dir", self.run_dir, "--port", port, "--metrics-port", 0, "--json", *arguments]
         )
 
         def listening() -> bool:
@@ -85,10 +85,16 @@ class Cluster:
         announced = json.loads((self.run_dir / "server.json").read_text())
         self.address, self.metrics_port = announced["address"], announced["metrics_port"]
 
-    def worker(self, name: str, *arguments: object, server: str = "") -> subprocess.Popen[str]:
+    def worker(self, name: str, *arguments: object, server: str = "", **options: Any) -> subprocess.Popen[str]:
         """Start a worker."""
-        self.processes[name] = start(["worker", "--server", server or self.address, "--name", name, *arguments])
+        asked = ["worker", "--server", server or self.address, "--name", name, *arguments]
+        self.processes[name] = start(asked, **options)
         return self.processes[name]
+
+    def kill(self, name: str) -> None:
+        """End a process as a power cut would."""
+        self.processes[name].kill()
+        self.processes.pop(name).communicate()
 
     def finish(self, name: str, timeout: float = 90.0) -> tuple[int, str, str]:
         """Wait for a process's end: exit code, standard output, standard error."""

@@ -122,7 +122,11 @@ def test_without_a_codec_w_is_x_and_travels_whole() -> None:
     answer = link.pull(held)
     assert (answer.snapshot, answer.steps, answer.snapshot_bytes) == ("none", 0, 4 * len(link.model.x))
     assert link.same(held)
-    again = link.broadcast.answer(1, 1, link.model.digest, closing=False)
+    link.advance()
+    assert not link.broadcast.answer(
+        1, 2, link.broadcast._model.digest, closing=False
+    ).mismatch  # of 1 nothing is known
+    again = link.broadcast.answer(2, 2, link.model.digest, closing=False)
     assert (again.snapshot, again.steps, again.payload_bytes) == ("", 0, len(link.model.buffers))
 
 
@@ -396,10 +400,34 @@ class TestChoiceOfCodec:
         found = downlink.downlink_codec(DownlinkConfig(), uplink)
         if name == "none":
             assert found is None
-        elif name == "ndqsg":
-            assert found == uplink.for_role(Role.SOURCE)
         else:
-            assert found == uplink
+            assert found is not None
+            assert found.name == uplink.for_role(Role.SOURCE).name
+
+    @pytest.mark.parametrize(
+        ("uplink", "expected"),
+        [
+            ("dqsg", "dqsg:step=rms,resolution=2"),
+            ("dqsg:levels=7,bucket=512", "dqsg:step=rms,resolution=2,bucket=512"),
+            ("dqsg:coder=rans", "dqsg:coder=rans"),
+            ("dqsg:nmse=0.3", "dqsg:nmse=0.3"),
+            ("dqsg:nmse=0.4", "dqsg:step=rms,resolution=2"),
+            ("dqsg:bits=3", "dqsg:step=rms,resolution=2"),
+            ("dqsg:coder=rans,resolution=3,reconstruct=matched", "dqsg:coder=rans,resolution=2,reconstruct=matched"),
+            ("ndqsg:levels=5", "dqsg:step=rms,resolution=2,bucket=0"),
+            ("qsgd", f"qsgd:step=rms,resolution={2**0.5}"),
+            ("eden:bits=1", "eden:bits=1"),
+            ("topk:fraction=0.1", "topk:fraction=0.1"),
+        ],
+    )
+    def test_its_step_is_fine_enough_for_w_to_keep_up(self, uplink: str, expected: str) -> None:
+        found = downlink.downlink_codec(DownlinkConfig(), parse(uplink))
+        assert found is not None
+        assert (found.name, found.format_options()) == (parse(expected).name, parse(expected).format_options())
+        if found.name == "dqsg":
+            x = torch.randn(20_000, generator=torch.Generator().manual_seed(4)) ** 3
+            address = downlink.step_address(SEED, 1)
+            assert relative_error(found, x.numpy(), found.encode(x, address), address) < 0.34
 
     @pytest.mark.parametrize(
         ("spec", "message"),

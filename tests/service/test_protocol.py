@@ -15,8 +15,8 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import ditherps
-from ditherps import wire
-from ditherps.codecs import Context
+from ditherps import downlink, wire
+from ditherps.codecs import Context, Encoded
 from ditherps.dither import Address, Domain
 from ditherps.errors import Reason
 from ditherps.v1 import parameter_server_pb2 as pb
@@ -85,7 +85,7 @@ class TestJoin:
             return pb.WorkerLimits(modes=[modes], codecs=[codecs], model_bytes=model_bytes)
 
         wrong: list[tuple[dict[str, Any], Reason, str]] = [
-            ({"protocol_version": 2}, Reason.PROTOCOL_VERSION, "speaks protocol 1"),
+            ({"protocol_version": 99}, Reason.PROTOCOL_VERSION, f"speaks protocol {wire.PROTOCOL_VERSION}"),
             ({"task": "digits"}, Reason.TASK_MISMATCH, "'tiny'"),
             ({"limits": limits(modes="local")}, Reason.LIMITS, "mode"),
             ({"limits": limits(codecs="none")}, Reason.LIMITS, "codec"),
@@ -656,6 +656,46 @@ class TestPull:
                 refused = await outcome(a.pull(version))
                 assert refused == Refused(FAILED_PRECONDITION, Reason.VERSION_UNAVAILABLE, "")
             await a.pull(1)
+
+    async def test_a_step_leads_from_a_version_to_the_next(self, tmp_path: Path) -> None:
+        async with opened(tmp_path, model="wide", metrics=True) as (served, a, b, plan):
+            n = a.joined.parameter_coordinates
+            w = torch.frombuffer(bytearray(await a.pull(0)), dtype=torch.float32)
+            for peer in (a, b):
+                update = peer.update(plan)
+                assert (await peer.push(peer.header(plan, update), update)).HasField("accepted")
+            await round_closes(served, a, 0)
+            header, content = await a.pulled(1, held=0, digest=downlink.digest(w, b""))
+            assert header.encoding == pb.PULL_ENCODING_STEPS
+            assert (header.from_version, header.parameter_bytes, len(header.steps)) == (0, 0, 1)
+            assert n / 5 < header.steps[0].bytes == len(content) < n / 4
+            codec, address = ditherps.codec("dqsg"), downlink.step_address(served.job.seed, 0)
+            downlink.take_step(codec, Encoded.from_bytes(content), address, header.steps[0].rate, w)
+            whole, snapshot = await b.pulled(1)
+            assert whole.encoding == pb.PULL_ENCODING_SNAPSHOT
+            assert snapshot == w.numpy().tobytes()
+            assert served.records()[0]["w_digest"] == downlink.digest(w, b"").hex()
+            assert served.records()[0]["step_bytes"] == len(content)
+            assert await served.metric('ditherps_pulls_total{kind="steps"}') == 1
+            assert await served.metric('ditherps_pulls_total{kind="snapshot"}') == 2
+            sent = 'ditherps_payload_bytes_total{codec="dqsg",direction="down"}'
+            assert await served.metric(sent) == len(content)
+            assert await served.metric('ditherps_values_total{codec="dqsg",direction="down"}') == n
+            assert await served.metric("ditherps_digest_mismatches_total") == 0
+
+    async def test_who_holds_something_else_gets_a_snapshot_and_is_counted(self, tmp_path: Path) -> None:
+        async with opened(tmp_path, metrics=True) as (served, a, b, plan):
+            for peer in (a, b):
+                update = peer.update(plan)
+                assert (await peer.push(peer.header(plan, update), update)).HasField("accepted")
+            await round_closes(served, a, 0)
+            for held, digest, count in ((0, bytes(16), 1), (1, bytes(16), 2), (7, b"x", 2)):  # 7: of a later life
+                header, content = await a.pulled(1, held, digest)
+                assert header.encoding == pb.PULL_ENCODING_SNAPSHOT
+                assert content == await b.pull(1)
+                assert await served.metric("ditherps_digest_mismatches_total") == count
+            right = downlink.digest(torch.frombuffer(bytearray(content), dtype=torch.float32), b"")
+            assert (await a.pulled(1, 1, right))[1] == b""
 
     async def test_everyone_gets_the_same(self, tmp_path: Path) -> None:
         async with opened(tmp_path, model="wide") as (_, a, b, _):

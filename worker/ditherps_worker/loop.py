@@ -278,7 +278,10 @@ class Loop:
         """Bring version `version` of w into the model."""
         if held.version != version or held.doubted:
             began, before = time.perf_counter(), held.version
-            header = await self._client.pull(before, version, held.digest_due(), held.room)
+            digest = held.digest_due()
+            if digest:
+                log.debug("holds version=%d digest=%s", before, digest.hex())
+            header = await self._client.pull(before, version, digest, held.room)
             pulled = await asyncio.to_thread(held.take, header)
             if pulled.snapshot and before is not None:
                 log.info("got version %d whole: version %d was too far back, or not the server's", version, before)

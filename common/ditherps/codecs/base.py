@@ -259,6 +259,10 @@ class Codec(ABC):
             raise OptionError("role", str(role), [str(r) for r in self.roles])
         return self
 
+    def for_model(self) -> Codec:
+        """The same scheme for the steps of the model, where an error does not average out over workers, but lags."""
+        return self
+
     def for_layout(self, layout: Layout) -> Codec:
         """The codec for vectors of this layout; another one only where it encodes tensor by tensor.
 

@@ -20,6 +20,11 @@ from ditherps.codecs.target import step_for_bits
 from ditherps.dither import Address
 from ditherps.kernels import cpu
 
+_STEP_FIELDS = {"step", "levels", "resolution", "nmse", "bits"}
+MODEL_NMSE = 1 / 3
+"""Relative error of the model's steps: the workers' model lags by as many rounds. With momentum 0.9 a lag of three
+rounds, as `step=max` with one level makes it, lets training diverge that goes well without."""
+
 
 class IntegerCodec(Codec):
     """A uniform quantizer. Subclasses say whether the dither is subtracted, and what is nested."""
@@ -41,6 +46,14 @@ class IntegerCodec(Codec):
     def _chosen_layout(self) -> FixedLayout | CodedLayout:
         kind = CodedLayout if self._rule.coder == "rans" else FixedLayout
         return kind(self._rule, subtract=self.subtract)
+
+    def for_model(self) -> Codec:
+        """With a step that follows from the rms, so that the relative error is at most a third."""
+        options, coarsest = self.options, math.sqrt((12 if self.subtract else 6) * MODEL_NMSE)
+        if not isinstance(options, StepOptions) or (options.known_resolution or math.inf) <= coarsest:
+            return self
+        kept = options.model_dump(exclude_unset=True, exclude_none=True, exclude=_STEP_FIELDS)
+        return type(self)(**kept, step="rms", resolution=coarsest)
 
     def max_nbytes(self, coordinates: int) -> int:
         """Header, steps, indices, and what escapes could take at most."""
