@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,13 +22,14 @@ UP, DOWN = 1000, 3000
 
 
 def write_run(folder: Path, *, rounds: int = 4, evaluate: bool = True, downlink: str = "none", **more: Any) -> Path:
-    """A finished run whose figures a test can name: the accuracy after r rounds is r / 10, the test loss 1 / (1 + r)."""
+    """A finished run: after r rounds the accuracy is r / 10, the test loss 1 / (1 + r)."""
     folder.mkdir()
     lines = []
     for r in range(rounds):
         record = {
-            "round": r, "workers": [0, 1], "coordinates": 500, "elapsed_seconds": 5.0 + 2 * r, "train_loss": 4.0 / (1 + r),
-            "test_accuracy": r / 10 if evaluate else None, "test_loss": 1 / (1 + r) if evaluate else None,
+            "round": r, "workers": [0, 1], "coordinates": 500, "elapsed_seconds": 5.0 + 2 * r,
+            "train_loss": 4.0 / (1 + r), "test_accuracy": r / 10 if evaluate else None,
+            "test_loss": 1 / (1 + r) if evaluate else None,
             "uplink_bytes": UP, "downlink_bytes": DOWN,
             "uplink_total_bytes": UP * (r + 1), "downlink_total_bytes": DOWN * (r + 1),
         }  # fmt: skip
@@ -56,13 +58,11 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Axes]:
 
 
 def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
-    return {
-        str(line.get_label()): [
-            (float(x), float(y))
-            for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)  # type: ignore[arg-type]
-        ]
-        for line in axes.get_lines()
-    }
+    found = {}
+    for line in axes.get_lines():
+        x, y = np.asarray(line.get_xdata(), np.float64), np.asarray(line.get_ydata(), np.float64)
+        found[str(line.get_label())] = list(zip(x.tolist(), y.tolist(), strict=True))
+    return found
 
 
 def near(points: list[tuple[float, float]]) -> list[Any]:
@@ -80,9 +80,9 @@ class TestRun:
         paths = plot_run(write_run(tmp_path / "run"))
         assert {path.name for path in paths} == {"accuracy_bits.png", "loss_bits.png", "round_bits.png"}
         assert all(path.parent == tmp_path / "run" and is_picture(path) for path in paths)
-        for name, label, value in (
-            ("accuracy_bits.png", "test accuracy", lambda r: r / 10),
-            ("loss_bits.png", "test loss", lambda r: 1 / (1 + r)),
+        for name, label, values in (
+            ("accuracy_bits.png", "test accuracy", [0.1, 0.2, 0.3, 0.4]),
+            ("loss_bits.png", "test loss", [1 / 2, 1 / 3, 1 / 4, 1 / 5]),
         ):
             axes = drawn[name]
             assert axes.get_ylabel() == label
@@ -91,8 +91,9 @@ class TestRun:
             found = lines(axes)
             assert set(found) == {"uplink", "uplink + downlink"}
             # What a model after r rounds cost is what r rounds cost.
-            assert found["uplink"] == near([(8e-6 * UP * r, value(r)) for r in (1, 2, 3, 4)])
-            assert found["uplink + downlink"] == near([(8e-6 * (UP + DOWN) * r, value(r)) for r in (1, 2, 3, 4)])
+            assert found["uplink"] == near([(8e-6 * UP * r, value) for r, value in enumerate(values, 1)])
+            both = [(8e-6 * (UP + DOWN) * r, value) for r, value in enumerate(values, 1)]
+            assert found["uplink + downlink"] == near(both)
 
     def test_bits_of_each_round(self, tmp_path: Path, drawn: dict[str, Axes]) -> None:
         plot_run(write_run(tmp_path / "run"))
@@ -163,7 +164,7 @@ class TestComparison:
     def test_what_else_could_be_meant_is_told(self, tmp_path: Path, option: str, given: str, allowed: str) -> None:
         run = write_run(tmp_path / "a")
         with pytest.raises(OptionError, match=f"{option} = '{given}' is not allowed; allowed: {allowed}"):
-            plot_comparison([run], tmp_path / "x.png", **{option: given})  # type: ignore[arg-type]
+            plot_comparison([run], tmp_path / "x.png", **{option: given})
         assert not (tmp_path / "x.png").exists()
 
     @pytest.mark.parametrize("value", plots.VALUES)
@@ -186,7 +187,5 @@ def test_the_command_names_the_file_by_what_it_shows(
     assert is_picture(tmp_path / "mine.png")
     assert main(["plot", str(run), "--value", "speed"]) == ExitCode.USAGE
     assert capsys.readouterr().err == "error: value = 'speed' is not allowed; allowed: accuracy, loss\n"
-    assert [plot_name("accuracy", "bits"), plot_name("accuracy", "seconds")] == [
-        "accuracy_bits.png",
-        "accuracy_time.png",
-    ]
+    names = [plot_name("accuracy", against) for against in plots.AGAINST]
+    assert names == ["accuracy_bits.png", "accuracy_time.png"]

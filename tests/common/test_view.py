@@ -20,7 +20,7 @@ FLOAT32 = 4 * COORDINATES * WORKERS
 
 
 def record(version: int, up: int = FLOAT32 // 20, down: int = FLOAT32 // 5, before: int = 0) -> dict[str, Any]:
-    """The record of a round in which so many bytes went up and down, as in the `before` + `version` - 1 earlier ones."""
+    """The record of a round in which so many bytes went up and down, as in each before it."""
     return {
         "version": before + version, "workers": [0, 1], "coordinates": COORDINATES, "elapsed_seconds": float(version),
         "train_loss": 0.5, "test_accuracy": 0.75, "nested_tiles": 0, "nested_failed_tiles": 0,
@@ -60,7 +60,8 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
             shown.show(record(version))
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "round 1/4 loss 0.5000 accuracy 0.7500 up 3.2 kbit (1/20.0) down 12.8 kbit (1/5.0) both 1/8.0 of float32, left ?",
+        "round 1/4 loss 0.5000 accuracy 0.7500 up 3.2 kbit (1/20.0) down 12.8 kbit (1/5.0) both 1/8.0 of float32, "
+        "left ?",
         "round 2/4 loss 0.5000 accuracy 0.7500 up 6.4 kbit (1/20.0) down 25.6 kbit (1/5.0) both 1/8.0 of float32, "
         "left 0:02",
     ]

@@ -19,7 +19,9 @@ from ditherps.local import run_local
 from ditherps.plots import read_records
 from tests.service.test_local import job_of
 
-SPECS = ("none", "bf16", "dqsg:levels=1.5,bucket=512")
+SPECS = ("none", "bf16", "dqsg:levels=1.5,bucket=512/dqsg:levels=3")
+FOLDERS = ("1-none", "3-dqsg-levels-1.5-bucket-512-dqsg-levels-3")
+PLOTS = ("accuracy_bits.png", "loss_bits.png", "accuracy_time.png")
 
 
 class Compared(NamedTuple):
@@ -63,28 +65,33 @@ class TestCompared:
         for run in (plain, dithered):
             assert (run["exit_code"], run["failure"], run["rounds"]) == (0, None, 6)
             result = json.loads((Path(run["run_dir"]) / "result.json").read_text())
-            assert all(
-                run[key] == result[key] for key in ("test_accuracy", "uplink_bytes", "downlink_bytes", "seconds")
-            )
+            assert all(run[key] == result[key] for key in comparing._KEPT)
+            both = run["uplink_bits_per_coordinate"] + run["downlink_bits_per_coordinate"]
+            assert run["total_bits_per_coordinate"] == pytest.approx(both)
+            assert run["total_compression_vs_float32"] == pytest.approx(64 / both)
+        assert (plain["downlink_codec"], dithered["downlink_codec"]) == ("none", "dqsg:levels=3.0")
         assert 8 < plain["uplink_bytes"] / dithered["uplink_bytes"] < 16
+        assert 5 < plain["downlink_bytes"] / dithered["downlink_bytes"] < 16
 
     def test_everything_but_the_codec_is_equal(self, compared: Compared) -> None:
-        jobs = [job_of(compared.folder / name) for name in ("1-none", "3-dqsg-levels-1.5-bucket-512")]
+        jobs = [job_of(compared.folder / name) for name in FOLDERS]
         assert [job.codec for job in jobs] == ["none", "dqsg"]
         assert jobs[1].codec_options == {"levels": 1.5, "bucket": 512}
-        bare = [job.model_copy(update={"codec": "", "codec_options": {}}) for job in jobs]
+        assert [job.downlink.codec for job in jobs] == ["", "dqsg:levels=3"]
+        assert jobs[0].downlink == jobs[1].downlink.model_copy(update={"codec": ""})
+        bare = [job.model_copy(update={"codec": "", "codec_options": {}, "downlink": None}) for job in jobs]
         assert bare[0] == bare[1]
         assert bare[0].seed == 7
-        first = [read_records(compared.folder / name)[0] for name in ("1-none", "3-dqsg-levels-1.5-bucket-512")]
+        first = [read_records(compared.folder / name)[0] for name in FOLDERS]
         assert first[0]["train_loss"] == first[1]["train_loss"]  # the same model and the same batches
 
     def test_what_a_person_sees(self, compared: Compared) -> None:
         lines = compared.output.splitlines()
         assert any("failed: worker-0" in " ".join(line.split()) or "bf16: failed" in line for line in lines)
-        for said in ("digits, 6 rounds, 2 workers", "accuracy", "down Mbit", "accuracy_bits.png", "accuracy_time.png"):
+        for said in ("digits, 6 rounds, 2 workers", "accuracy", "down Mbit", "bits down", *PLOTS):
             assert said in compared.output
         assert [f"run {n} of 3: {spec}" in compared.error for n, spec in enumerate(SPECS, 1)] == [True] * 3
-        for name in ("accuracy_bits.png", "accuracy_time.png"):
+        for name in PLOTS:
             with Image.open(compared.folder / name) as image:
                 image.verify()
                 assert min(image.size) > 300
@@ -97,6 +104,9 @@ class TestCompared:
         (["dqsg", "dqsg"], "each once"),
         (["none", "nope"], "codec = 'nope'"),
         (["none", "dqsg:levels=0.3"], "levels"),
+        (["none", "dqsg/"], "UP or UP/DOWN"),
+        (["none", "dqsg/nope"], "codec = 'nope'"),
+        (["none", "dqsg/ndqsg"], "without side information"),
     ],
 )
 def test_wrong_codecs_are_refused_before_anything_starts(specs: list[str], said: str) -> None:
@@ -107,3 +117,45 @@ def test_wrong_codecs_are_refused_before_anything_starts(specs: list[str], said:
 def test_a_wrapper_keeps_what_it_wraps() -> None:
     [job] = comparing.resolve(["scaled:inner=(dqsg:levels=7,bucket=0)"], {"task": "digits"})
     assert job.config.codec_options == {"inner": "dqsg:levels=7,bucket=0"}
+
+
+def test_a_downlink_of_all_that_name_none() -> None:
+    flags = {"task": "digits", "downlink": {"codec": "bf16", "digest_every": 3}}
+    jobs = comparing.resolve(["none", "dqsg", "dqsg/none", "none/dqsg:levels=3"], flags)
+    assert [job.config.codec for job in jobs] == ["none", "dqsg", "dqsg", "none"]
+    assert [job.config.downlink.codec for job in jobs] == ["bf16", "bf16", "none", "dqsg:levels=3"]
+    assert {job.config.downlink.digest_every for job in jobs} == {3}
+    with pytest.raises(OptionError, match="codec = 'nope'"):
+        comparing.resolve(["none/dqsg", "dqsg"], {"task": "digits", "downlink": {"codec": "nope"}})
+
+
+def a_run(codec: str, **more: Any) -> dict[str, Any]:
+    return {
+        "codec": codec, "failure": None, "rounds": 1000, "workers": 4, "test_accuracy": 0.9756, "test_loss": 0.0812,
+        "uplink_bytes": 4_265_760_000, "downlink_bytes": 215_000_000, "uplink_bits_per_coordinate": 32.001,
+        "downlink_bits_per_coordinate": 1.6127, "total_compression_vs_float32": 1.904, "seconds": 1234.5, **more,
+    }  # fmt: skip
+
+
+def test_the_table_fits_in_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    unknown = dict.fromkeys(("test_accuracy", "test_loss", "downlink_bits_per_coordinate"))
+    runs = [
+        a_run("dqsg:coder=rans,resolution=3,reconstruct=matched/scaled:inner=(dqsg:levels=3)"),
+        a_run("none", **unknown),
+        a_run("bf16", failure="worker-0 ended with exit code 6: it fell over"),
+    ]
+    comparing.print_table({"task": "mnist", "runs": runs, "plots": ["runs/x/accuracy_bits.png"]})
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    assert "…" not in text
+    assert text.splitlines()[0].strip() == "mnist, 1000 rounds, 4 workers"
+    heads = next(line for line in text.splitlines() if "codec" in line).replace("┃", "|").split("|")[1:-1]
+    assert [head.strip() for head in heads] == [
+        "codec", "accuracy", "loss", "up Mbit", "down Mbit", "bits up", "bits down", "below", "seconds",
+    ]  # fmt: skip
+    first, *_ = (line.split("│")[2:-1] for line in text.splitlines() if "34,126" in line)
+    assert [cell.strip() for cell in first] == [
+        "0.9756", "0.0812", "34,126.08", "1,720.00", "32.001", "1.613", "1.9", "1234.5",
+    ]  # fmt: skip
+    assert "float32 in both directions" in text
+    assert text.splitlines()[-1] == "runs/x/accuracy_bits.png"
