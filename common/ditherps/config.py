@@ -29,9 +29,9 @@ _OPTIMIZER_DEFAULTS: dict[str, dict[str, Any]] = {
     "adam": {"lr": 0.001},
     "adamw": {"lr": 0.001},
     "fedavgm": {"lr": 1.0, "momentum": 0.9},
-    "fedadagrad": {"lr": 0.01, "betas": (0.0, 0.99), "eps": 1e-3},
-    "fedadam": {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-3},
-    "fedyogi": {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-3},
+    "fedadagrad": {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3},
+    "fedadam": {"lr": 0.03, "betas": (0.9, 0.99), "eps": 1e-3},
+    "fedyogi": {"lr": 0.03, "betas": (0.9, 0.99), "eps": 1e-3},
 }
 """Where an optimizer's defaults are others than its fields'."""
 _OPTIMIZER_USES = {
@@ -56,7 +56,7 @@ class OptimizerConfig(_Config):
 
     name: Literal["sgd", "adam", "adamw", "fedavgm", "fedadagrad", "fedadam", "fedyogi"] = "sgd"
     lr: float = Field(0.1, gt=0)
-    """Default: 0.1 of sgd, 0.001 of adam and adamw, 1 of fedavgm, 0.01 of the other three."""
+    """Default: 0.1 of sgd, 0.001 of adam and adamw, 1 of fedavgm, 0.1 of fedadagrad, 0.03 of fedadam and fedyogi."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """sgd and fedavgm only; default: 0.9 of fedavgm."""
     nesterov: bool = False
@@ -64,8 +64,7 @@ class OptimizerConfig(_Config):
     weight_decay: float = Field(0.0, ge=0)
     """Not of fedadagrad, fedadam and fedyogi."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    """Not of sgd and fedavgm; default: (0.9, 0.99) of fedadam and fedyogi, (0, 0.99) of fedadagrad, which uses the
-    first only."""
+    """Not of sgd and fedavgm; default: (0.9, 0.99) of fedadagrad, which uses the first only, fedadam and fedyogi."""
     eps: float = Field(1e-8, gt=0)
     """Not of sgd and fedavgm; of fedadagrad, fedadam and fedyogi it is the paper's tau, 0.001 by default."""
 

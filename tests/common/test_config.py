@@ -96,9 +96,9 @@ class TestPrecedence:
             ("sgd", {"lr": 1.0}),
             ("adam", {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8}),
             ("fedavgm", {"lr": 1.0, "momentum": 0.9}),
-            ("fedadagrad", {"lr": 0.01, "betas": (0.0, 0.99), "eps": 1e-3}),
-            ("fedadam", {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-3}),
-            ("fedyogi", {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-3}),
+            ("fedadagrad", {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3}),
+            ("fedadam", {"lr": 0.03, "betas": (0.9, 0.99), "eps": 1e-3}),
+            ("fedyogi", {"lr": 0.03, "betas": (0.9, 0.99), "eps": 1e-3}),
         ],
     )
     def test_each_optimizer_has_defaults_of_its_own(self, name: str, own: dict[str, Any], tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ class TestState:
         optimizer = ServerOptimizer(torch.zeros(100), OptimizerConfig(name="fedyogi"), ScheduleConfig(), 9)
         (tensors, values), (update,) = optimizer.state_dict(), updates(1)
         assert set(tensors) == {"m", "v"}
-        assert values == {"optimizer": "fedyogi", "schedule": "constant", "updates": 0, "learning_rate": 0.01}
+        assert values == {"optimizer": "fedyogi", "schedule": "constant", "updates": 0, "learning_rate": 0.03}
         optimizer.apply(update)
         assert torch.equal(tensors["m"], torch.tensor(1 - 0.9) * update)
 
