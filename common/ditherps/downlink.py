@@ -27,6 +27,9 @@ from ditherps.dither import SERVER, TILE, Address, Domain
 from ditherps.errors import OptionError
 from ditherps.wire import digest_of
 
+LAG_LIMIT = 1.0
+"""Rounds by which w may lag before a run warns. A step that takes 1 / (1 + omega) leaves w omega rounds behind."""
+
 
 def downlink_codec(config: DownlinkConfig, uplink: Codec) -> Codec | None:
     """The codec of the steps of w; None where w is x, and travels in float32.

@@ -9,6 +9,7 @@ from typing import Any
 
 from ditherps.codecs import codec as make_codec
 from ditherps.config import JobConfig, ServerConfig, WorkerConfig, merged, read_job_file, validated
+from ditherps.downlink import downlink_codec
 from ditherps.errors import OptionError
 from ditherps.feedback import require_contractive
 from ditherps.tasks import Recipe, Task, load_task
@@ -41,6 +42,7 @@ def resolve_job(flags: Mapping[str, Any], path: Path | None = None) -> ResolvedJ
     recipe = task.recipe(asked.get("model") or None)
     job = validated(JobConfig, merged(_defaults(recipe, asked), asked))
     codec = make_codec(job.codec, **job.codec_options)
+    downlink_codec(job.downlink, codec)
     if job.error_feedback:
         require_contractive(codec)
     return ResolvedJob(job, task, server, worker)

@@ -43,9 +43,12 @@ def print_status(status: pb.StatusResponse, *, as_json: bool) -> None:
         f"[b]{status.task}[/b] with [b]{status.codec}[/b]: round {status.round} of {status.rounds}, {phase}; "
         f"waits {status.waiting_seconds:.1f} s for {status.waiting_for}"
     )
+    both = status.uplink_bytes + status.downlink_bytes
+    values = status.contributions * status.coordinates
+    below = f" ({8 * values / both:.1f} times below float32)" if both and values else ""
     console.print(
         f"uplink {bits(status.uplink_bytes)}, downlink {bits(status.downlink_bytes)} with "
-        f"[b]{status.downlink_codec or 'none'}[/b], both {bits(status.uplink_bytes + status.downlink_bytes)}; "
+        f"[b]{status.downlink_codec or 'none'}[/b], both {bits(both)}{below}; "
         f"running for {status.uptime_seconds:.0f} s"
     )
     table = Table("index", "worker", "state", "last seen")

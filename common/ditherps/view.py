@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ditherps.config import JobConfig
+from ditherps.downlink import LAG_LIMIT
 
 PLAIN_LINES = 20
 """About how many lines a whole run prints where there is no terminal."""
@@ -91,6 +92,15 @@ class Progress:
         return self.failed_tiles / self.tiles if self.tiles else None
 
     @property
+    def warnings(self) -> dict[str, str]:
+        """What a person should change, by kind."""
+        lag = self.last["step_nmse"] if self.last else None
+        return {
+            **({"nested": failure_warning(self)} if self.failing else {}),
+            **({"lag": lag_warning(lag)} if lag is not None and lag > LAG_LIMIT else {}),
+        }
+
+    @property
     def failing(self) -> bool:
         """Whether more nested tiles fail than the job tolerates."""
         return (self.failed_share or 0.0) > self.job.nested_failure_limit
@@ -119,7 +129,7 @@ class PlainView:
     def __init__(self, job: JobConfig) -> None:
         self._progress = Progress(job)
         self._every = max(1, job.rounds // PLAIN_LINES)
-        self._warned = False
+        self._warned: set[str] = set()
 
     def __enter__(self) -> PlainView:
         return self
@@ -145,9 +155,10 @@ class PlainView:
             f"round {progress.rounds}/{progress.job.rounds}{loss}{accuracy} up {up} (1/{below_up}) "
             f"down {down} (1/{below_down}) both 1/{below} of float32, left {clock(progress.seconds_left)}"
         )
-        if progress.failing and not self._warned:
-            self._warned = True
-            self.note(failure_warning(progress))
+        for kind, warning in progress.warnings.items():
+            if kind not in self._warned:
+                self._warned.add(kind)
+                self.note(warning)
 
 
 class LiveView:
@@ -196,8 +207,7 @@ class LiveView:
         bar = ProgressBar(total=job.rounds, completed=progress.rounds)
         title = f"[b]ditherps[/b]  {job.task}  ·  {_codecs(job)}  ·  round {progress.rounds}/{job.rounds}"
         parts: list[RenderableType] = [table, bar]
-        if progress.failing:
-            parts.append(Text(failure_warning(progress), style="yellow"))
+        parts += [Text(warning, style="yellow") for warning in progress.warnings.values()]
         return Panel(Group(*parts), title=title, title_align="left", border_style="cyan")
 
 
@@ -207,6 +217,14 @@ def failure_warning(progress: Progress) -> str:
         f"warning: {100 * (progress.failed_share or 0):.1f} % of nested tiles failed to decode (limit "
         f"{100 * progress.job.nested_failure_limit:g} %): workers' updates differ too much for this ratio; "
         "raise ratio, or use --codec dqsg"
+    )
+
+
+def lag_warning(lag: float) -> str:
+    """What to do when w does not keep up with x."""
+    return (
+        f"warning: the workers' model is {lag:.1f} rounds behind the server's, which momentum may not bear: "
+        "use a finer --downlink-codec (its relative error is the lag), or a lower learning rate"
     )
 
 

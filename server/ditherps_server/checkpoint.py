@@ -1,28 +1,49 @@
 """The server's state in one file: written beside the last one, synced, then renamed, so that one is always whole.
 
-A safetensors file: tensors as they are, everything else as JSON in its metadata, and a digest over both, which
-safetensors lacks. Nothing in it is executed when it is read.
+It is a safetensors file, which any reader of that format opens: tensors as they are (`x`, `w` where it is not x,
+`optimizer.NAME`: float32; `buffers`: bytes), and three texts as metadata: `format`, a version; `values`, everything
+else as JSON; and `digest`, since the format has no checksum of its own. The digest is XXH3-128 (hex) of
+
+    n as 8 bytes, little-endian, where n is the length of the next part
+    JSON of [format, values, [[name, dtype, shape] of each tensor, by name]], without spaces, in ASCII
+    content of each tensor, by name, little-endian
+
+so that nothing can change, be cut or change places unnoticed. It tells damage, not malice: nothing in the file is
+executed, and everything is checked again for what it claims to be.
+
+JSON of `values` is Python's: floats come back as they were, bit by bit, NaN and the infinities as `NaN`, `Infinity`
+and `-Infinity`, which stricter readers of JSON refuse.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from safetensors import safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
-from ditherps.config import JobConfig
+from ditherps.config import JobConfig, option_error
 from ditherps.errors import UserError
 from ditherps.wire import digest_of
 
 FORMAT = 1
+LARGEST_HEADER_BYTES = 64 << 20
+"""Of what is not a tensor; 100,000 members with leases take about 25 MB."""
+LARGEST_TENSORS = 64
 _OPTIMIZER = "optimizer."
+_DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
+_AGAIN = "put back a good copy of it, or begin anew without --resume"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,96 +56,299 @@ class Checkpoint:
     """Of the server that wrote it."""
     version: int
     """Of the model: the rounds that have been applied."""
-    x: torch.Tensor
-    w: torch.Tensor | None
-    """None: w is x."""
+    x: Tensor
+    """float32, flat."""
+    w: Tensor | None
+    """float32, flat. None: w is x."""
     buffers: bytes
     layout_digest: bytes
     initial_digest: bytes
     """Of w and the buffers at version 0."""
-    optimizer_tensors: Mapping[str, torch.Tensor]
+    optimizer_tensors: Mapping[str, Tensor]
+    """float32."""
     optimizer_values: Mapping[str, Any]
+    """Plain JSON."""
     leases: Mapping[int, bytes]
     """By member's index, the key of who joined last."""
     totals: Mapping[str, Any]
-    """What the run has added up to."""
+    """What the run has added up to, as plain JSON."""
 
 
 def write(path: Path, checkpoint: Checkpoint) -> int:
-    """Replace the checkpoint at `path`, and return its bytes; until it is whole, the last one stays.
+    """Replace the checkpoint at `path`, and return its bytes; until it is whole and on disk, the last one stays.
 
-    Raises `OSError` where there is no room.
+    Tensors are written from where they are, without a copy: nothing may change them meanwhile. There must be room for
+    the new checkpoint beside the last one. What a writer that was killed has left behind is removed first. Only its
+    owner can read the file, for it holds the workers' lease keys.
+
+    Raises:
+        OSError: no room, no permission. The last checkpoint is there, and nothing of the new one.
+        TypeError, ValueError: what is to be saved is not of the kinds that `Checkpoint` names, or has too large values.
     """
-    tensors = {"x": checkpoint.x, **({} if checkpoint.w is None else {"w": checkpoint.w})}
-    tensors |= {_OPTIMIZER + name: tensor for name, tensor in checkpoint.optimizer_tensors.items()}
-    values = json.dumps(_values(checkpoint), sort_keys=True)
-    metadata = {"format": str(FORMAT), "values": values, "digest": _digest(values, tensors)}
-    part = path.with_name(path.name + ".part")
-    save_file({name: tensor.detach() for name, tensor in tensors.items()}, part, metadata)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    tensors = _tensors(checkpoint)
+    header = _header(json.dumps(_values(checkpoint), sort_keys=True), tensors)
+    _remove_parts(path)
+    # A name of its own: a writer that should be dead, but is not, cannot spoil what this one puts in place.
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return path.stat().st_size
+        with open(part, "xb", opener=_private) as file:
+            file.write(header)
+            for name in _in_file(tensors):
+                file.write(_content(tensors[name]))
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    _sync_folder(path.parent)
+    return size
 
 
 def read(path: Path) -> Checkpoint:
-    """The checkpoint at `path`; raises `UserError` when it is damaged, or of another version of this program."""
+    """The checkpoint at `path`.
+
+    Its tensors are the file's own pages, read as they are used and private: copy them to where they shall stay. That a
+    tensor has the size of the model is for the caller to check, by `layout_digest`.
+
+    Raises:
+        UserError: there is none, it cannot be read, is damaged, or of another version of this program.
+    """
+    _check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
-        raise UserError(f"{path} cannot be read as a checkpoint: {error}") from None
-    if metadata.get("format") != str(FORMAT):
-        raise UserError(f"{path} has checkpoint format {metadata.get('format')}, this is format {FORMAT}")
-    if metadata.get("digest") != _digest(metadata.get("values", ""), tensors):
-        raise UserError(f"{path} is damaged: it does not match its digest")
-    values = json.loads(metadata["values"])
-    optimizer = {
-        name.removeprefix(_OPTIMIZER): tensor for name, tensor in tensors.items() if name.startswith(_OPTIMIZER)
-    }
+            _check_format(path, metadata)
+            names = file.keys()
+            if len(names) > LARGEST_TENSORS:
+                raise ValueError(f"{len(names)} tensors")
+            tensors = {name: file.get_tensor(name) for name in names}
+        _check_tensors(tensors)
+        if metadata.get("digest") != _digest(metadata["values"], tensors):
+            raise ValueError("its content does not have its digest")
+        loaded = json.loads(metadata["values"])
+    except UserError:
+        raise
+    except Exception as error:  # whatever safetensors and torch may find wrong with it
+        raise UserError(f"{path} is damaged ({_shown(error)}): {_AGAIN}") from None
+    try:
+        values = _Values.model_validate(loaded)
+    except ValidationError as error:
+        found = _shown(option_error(error, allowed_options=_Values))
+        raise UserError(
+            f"{path} is not what this version of ditherps writes ({found}): resume with the version that wrote it"
+        ) from None
     return Checkpoint(
-        job=JobConfig.model_validate(values["job"]), job_id=values["job_id"], server_epoch=values["server_epoch"],
-        version=values["version"], x=tensors["x"], w=tensors.get("w"), buffers=bytes.fromhex(values["buffers"]),
-        layout_digest=bytes.fromhex(values["layout_digest"]), initial_digest=bytes.fromhex(values["initial_digest"]),
-        optimizer_tensors=optimizer, optimizer_values=values["optimizer"],
-        leases={int(index): bytes.fromhex(key) for index, key in values["leases"].items()}, totals=values["totals"],
+        job=values.job, job_id=values.job_id, server_epoch=values.server_epoch, version=values.version,
+        x=tensors["x"], w=tensors.get("w"), buffers=bytes(_content(tensors["buffers"])),
+        layout_digest=values.layout_digest, initial_digest=values.initial_digest,
+        optimizer_tensors={
+            name.removeprefix(_OPTIMIZER): tensor for name, tensor in tensors.items() if name.startswith(_OPTIMIZER)
+        },
+        optimizer_values=values.optimizer, leases=values.leases, totals=values.totals,
     )  # fmt: skip
 
 
-def _values(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        "job": checkpoint.job.model_dump(mode="json"), "job_id": checkpoint.job_id,
-        "server_epoch": checkpoint.server_epoch, "version": checkpoint.version, "buffers": checkpoint.buffers.hex(),
-        "layout_digest": checkpoint.layout_digest.hex(), "initial_digest": checkpoint.initial_digest.hex(),
-        "optimizer": dict(checkpoint.optimizer_values), "totals": dict(checkpoint.totals),
-        "leases": {str(index): key.hex() for index, key in checkpoint.leases.items()},
-    }  # fmt: skip
-
-
-def _digest(values: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """XXH3-128 (hex) of the values' JSON, then name and content of each tensor, by name."""
-    parts: list[bytes | memoryview] = [values.encode()]
-    for name, tensor in sorted(tensors.items()):
-        flat = tensor.detach().contiguous().reshape(-1)
-        parts += [name.encode(), flat.numpy().data.cast("B") if flat.numel() else b""]
-    return digest_of(*parts).hex()
-
-
 def differences(then: JobConfig, now: JobConfig) -> list[str]:
-    """What a job says otherwise than another: `optimizer.lr: 0.1 then, 0.2 now`."""
+    """What a job says otherwise than another, one option each: `optimizer.lr: 0.1 then, 0.2 now`.
+
+    Of a list, the first item that differs stands for all.
+    """
     return _differences("", then.model_dump(mode="json"), now.model_dump(mode="json"))
 
 
-def _differences(prefix: str, then: Any, now: Any) -> list[str]:
-    if not (isinstance(then, dict) and isinstance(now, dict)):
-        return [] if then == now else [f"{prefix}: {then!r} then, {now!r} now"]
-    found = []
-    for key in sorted(then.keys() | now.keys()):
-        found += _differences(f"{prefix}.{key}" if prefix else key, then.get(key), now.get(key))
-    return found
+_ABSENT = object()
+
+
+def _differences(name: str, then: Any, now: Any) -> list[str]:
+    if then == now:
+        return []
+    if isinstance(then, dict) and isinstance(now, dict):
+        found = []
+        for key in sorted(then.keys() | now.keys()):
+            inner = f"{name}.{key}" if name else key
+            found += _differences(inner, then.get(key, _ABSENT), now.get(key, _ABSENT))
+        return found
+    if isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        changed = [index for index, pair in enumerate(zip(then, now, strict=True)) if pair[0] != pair[1]]
+        first = _differences(f"{name}[{changed[0]}]", then[changed[0]], now[changed[0]])[0]
+        return [first + (f" (and {len(changed) - 1} more of {name})" if changed[1:] else "")]
+    return [f"{name}: {_said(then)} then, {_said(now)} now"]
+
+
+def _said(value: Any) -> str:
+    if value is _ABSENT:
+        return "not set"
+    if isinstance(value, list) and len(value) > 4:
+        return f"a list of {len(value)}"
+    return _shortened(json.dumps(value))
+
+
+def _unhexed(value: Any) -> bytes:
+    if not isinstance(value, str):
+        raise ValueError("hexadecimal digits")
+    return bytes.fromhex(value)
+
+
+_Hex = Annotated[bytes, BeforeValidator(_unhexed)]
+
+
+class _Values(BaseModel):
+    """All of a checkpoint that is not a tensor."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    job: JobConfig
+    job_id: str
+    server_epoch: int = Field(ge=0, lt=2**63)
+    version: int = Field(ge=0, lt=2**32)
+    layout_digest: _Hex
+    initial_digest: _Hex
+    optimizer: dict[str, Any]
+    leases: dict[Annotated[int, Field(ge=0)], _Hex]
+    totals: dict[str, Any]
+
+
+def _values(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `_Values` reads."""
+    given = {"optimizer": dict(checkpoint.optimizer_values), "totals": dict(checkpoint.totals)}
+    _check_keys(given)
+    return given | {
+        "job": checkpoint.job.model_dump(mode="json"),
+        "job_id": checkpoint.job_id,
+        "server_epoch": checkpoint.server_epoch,
+        "version": checkpoint.version,
+        "layout_digest": checkpoint.layout_digest.hex(),
+        "initial_digest": checkpoint.initial_digest.hex(),
+        "leases": {str(index): key.hex() for index, key in checkpoint.leases.items()},
+    }
+
+
+def _check_keys(value: Any) -> None:
+    """JSON would turn another key into text, and say nothing."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"values with the key {key!r}, which is not text, cannot be saved")
+            _check_keys(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_keys(inner)
+
+
+def _tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    tensors = {"x": checkpoint.x} | ({} if checkpoint.w is None else {"w": checkpoint.w})
+    tensors |= {_OPTIMIZER + name: tensor for name, tensor in checkpoint.optimizer_tensors.items()}
+    tensors["buffers"] = torch.from_numpy(np.frombuffer(bytearray(checkpoint.buffers), dtype=np.uint8))
+    _check_tensors(tensors)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """Raises `ValueError` unless these are a checkpoint's tensors."""
+    if missing := {"x", "buffers"} - tensors.keys():
+        raise ValueError(f"tensor {min(missing)} is missing")
+    if len(tensors) > LARGEST_TENSORS:
+        raise ValueError(f"{len(tensors)} tensors; at most {LARGEST_TENSORS}")
+    for name, tensor in tensors.items():
+        if name not in ("x", "w", "buffers") and not name.startswith(_OPTIMIZER):
+            raise ValueError(f"there is no tensor {name!r} in a checkpoint")
+        dtype = torch.uint8 if name == "buffers" else torch.float32
+        if tensor.dtype != dtype:
+            raise ValueError(f"tensor {name!r} is of {tensor.dtype}, not {dtype}")
+        if tensor.dim() != 1 and not name.startswith(_OPTIMIZER):
+            raise ValueError(f"tensor {name!r} is not flat")
+    if "w" in tensors and tensors["w"].shape != tensors["x"].shape:
+        raise ValueError(f"w has {tensors['w'].numel()} coordinates, x {tensors['x'].numel()}")
+
+
+def _in_file(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names in the order of the file: bytes last, so that every float stands at a multiple of its size."""
+    return sorted(tensors, key=lambda name: (_DTYPES[tensors[name].dtype], name))
+
+
+def _header(values: str, tensors: Mapping[str, Tensor]) -> bytes:
+    """All of the file that stands before the tensors."""
+    metadata = {"format": str(FORMAT), "values": values, "digest": _digest(values, tensors)}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in _in_file(tensors):
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > LARGEST_HEADER_BYTES:
+        raise ValueError(f"{len(text)} bytes of values; at most {LARGEST_HEADER_BYTES} can be saved")
+    return len(text).to_bytes(8, "little") + text
+
+
+def _digest(values: str, tensors: Mapping[str, Tensor]) -> str:
+    names = sorted(tensors)
+    kinds = [[name, _DTYPES[tensors[name].dtype], list(tensors[name].shape)] for name in names]
+    head = json.dumps([str(FORMAT), values, kinds], separators=(",", ":")).encode()
+    return digest_of(len(head).to_bytes(8, "little"), head, *(_content(tensors[name]) for name in names)).hex()
+
+
+def _content(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, where they are."""
+    return memoryview(b"") if tensor.numel() == 0 else tensor.reshape(-1).numpy().data.cast("B")
+
+
+def _check_file(path: Path) -> None:
+    """Raises `UserError` unless this is a file that can be read and whose header is of a size to take into memory."""
+    try:
+        # Opening a pipe would wait for who writes to it.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} is not a file, so not a checkpoint: move it away, or begin anew without --resume")
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}: begin anew without --resume") from None
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}; see to that, or begin anew without --resume"
+        ) from None
+    if length > LARGEST_HEADER_BYTES:
+        raise UserError(f"{path} is damaged (a header of {length} bytes): {_AGAIN}")
+
+
+def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
+    if "values" not in metadata or "digest" not in metadata or "format" not in metadata:
+        raise UserError(f"{path} is not a checkpoint of ditherps: {_AGAIN}")
+    if metadata["format"] != str(FORMAT):
+        raise UserError(
+            f"{path} has checkpoint format {_shown(metadata['format'])}, this version of ditherps reads {FORMAT}: "
+            "resume with the version that wrote it"
+        )
+
+
+def _shown(error: Exception | str) -> str:
+    """One short line of what may hold anything."""
+    return _shortened("".join(c if c.isprintable() else " " for c in str(error)))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _private(name: str, flags: int) -> int:
+    return os.open(name, flags, 0o600)
+
+
+def _remove_parts(path: Path) -> None:
+    for other in path.parent.iterdir():
+        if other.name.startswith(path.name + ".") and other.name.endswith(".part"):
+            with contextlib.suppress(OSError):
+                other.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in it last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

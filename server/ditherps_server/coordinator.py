@@ -15,6 +15,7 @@ from typing import Any
 
 from ditherps.codecs import Role
 from ditherps.config import JobConfig
+from ditherps.downlink import LAG_LIMIT
 from ditherps.errors import (
     ContextMismatchError,
     DitherpsError,
@@ -123,7 +124,7 @@ class Coordinator:
         self._evaluation: Evaluation | None = None
         self._counted = self._exported = meter.traffic
         self._payload_before = (self.totals.uplink_payload_bytes, self.totals.downlink_payload_bytes)
-        self._warned = False
+        self._warned: set[str] = set()
 
     # What the service asks for.
 
@@ -291,6 +292,7 @@ class Coordinator:
                 for index, member in sorted(state.members.items())
             ],
             uplink_bytes=traffic.uplink_bytes, downlink_bytes=traffic.downlink_bytes,
+            contributions=self.totals.contributions, coordinates=self.model.layout.coordinates,
         )  # fmt: skip
 
     def _state_of(self, index: int) -> str:
@@ -464,7 +466,7 @@ class Coordinator:
         totals.contributions += len(record.workers)
         totals.nested_tiles += record.nested_tiles
         totals.nested_failed_tiles += record.nested_failed_tiles
-        self._warn_of_failures()
+        self._warn(record)
         metrics.rounds.labels("applied").inc()
         metrics.round_bits.labels(UP).set(8 * record.uplink_bytes)
         metrics.round_bits.labels(DOWN).set(8 * record.downlink_bytes)
@@ -484,13 +486,20 @@ class Coordinator:
             if value is not None:
                 gauge.set(value)
 
-    def _warn_of_failures(self) -> None:
+    def _warn(self, record: RoundRecord) -> None:
+        """Say once what a person should change."""
         totals, limit = self.totals, self.job.nested_failure_limit
         share = totals.nested_failed_tiles / totals.nested_tiles if totals.nested_tiles else 0.0
         self._metrics.nested_failure_ratio.set(share)
-        if share > limit and not self._warned:
-            self._warned = True
+        if share > limit and "nested" not in self._warned:
+            self._warned.add("nested")
             log.warning("nested decoding fails too often: share=%.3f nested_failure_limit=%g", share, limit)
+        if (record.step_nmse or 0.0) > LAG_LIMIT and "lag" not in self._warned:
+            self._warned.add("lag")
+            log.warning(
+                "w is more than a round behind x: downlink_codec=%s step_nmse=%.2f", self.broadcast.codec_spec,
+                record.step_nmse,
+            )  # fmt: skip
 
     def _end_round(self, plan: Plan, *, members: tuple[int, ...] = (), reason: Reason | None = None) -> None:
         self._staging.clear()

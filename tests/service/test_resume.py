@@ -13,7 +13,8 @@ from tests.service.harness import Cluster, wait_until
 
 ROUNDS = 5000  # more than there will be
 JOB = (
-    "--task", "digits", "--workers", 4, "--rounds", ROUNDS, "--codec", "dqsg", "--set", "downlink.digest_every=1", "--set", "quorum=0.5", "--set", "round_deadline_seconds=20", "--set", "idle_timeout_seconds=20",
+    "--task", "digits", "--workers", 4, "--rounds", ROUNDS, "--codec", "dqsg", "--set", "downlink.digest_every=1",
+    "--set", "quorum=0.5", "--set", "round_deadline_seconds=20", "--set", "idle_timeout_seconds=20",
 )  # fmt: skip
 HOLDS = re.compile(r"holds version=(\d+) digest=([0-9a-f]{32})")
 

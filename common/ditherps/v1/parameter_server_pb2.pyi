@@ -770,6 +770,8 @@ class StatusResponse(_message.Message):
     DOWNLINK_BYTES_FIELD_NUMBER: _builtins.int
     UPTIME_SECONDS_FIELD_NUMBER: _builtins.int
     DOWNLINK_CODEC_FIELD_NUMBER: _builtins.int
+    CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
+    COORDINATES_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     task: _builtins.str
     codec: _builtins.str
@@ -785,6 +787,9 @@ class StatusResponse(_message.Message):
     uptime_seconds: _builtins.float
     downlink_codec: _builtins.str
     """Of the model's steps; none: it travels in float32."""
+    contributions: _builtins.int
+    """Contributions that entered a round, and their length."""
+    coordinates: _builtins.int
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemberStatus]: ...
     def __init__(
@@ -804,10 +809,12 @@ class StatusResponse(_message.Message):
         downlink_bytes: _builtins.int = ...,
         uptime_seconds: _builtins.float = ...,
         downlink_codec: _builtins.str = ...,
+        contributions: _builtins.int = ...,
+        coordinates: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "downlink_bytes", b"downlink_bytes", "downlink_codec", b"downlink_codec", "job_id", b"job_id", "members", b"members", "phase", b"phase", "round", b"round", "rounds", b"rounds", "task", b"task", "uplink_bytes", b"uplink_bytes", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting_for", b"waiting_for", "waiting_seconds", b"waiting_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "contributions", b"contributions", "coordinates", b"coordinates", "downlink_bytes", b"downlink_bytes", "downlink_codec", b"downlink_codec", "job_id", b"job_id", "members", b"members", "phase", b"phase", "round", b"round", "rounds", b"rounds", "task", b"task", "uplink_bytes", b"uplink_bytes", "uptime_seconds", b"uptime_seconds", "version", b"version", "waiting_for", b"waiting_for", "waiting_seconds", b"waiting_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
