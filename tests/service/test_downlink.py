@@ -400,6 +400,8 @@ class TestChoiceOfCodec:
         found = downlink.downlink_codec(DownlinkConfig(), uplink)
         if name == "none":
             assert found is None
+        elif name in ("randk", "globalrandk"):
+            assert found == ditherps.codec("topk")
         else:
             assert found is not None
             assert found.name == uplink.for_role(Role.SOURCE).name
@@ -418,6 +420,8 @@ class TestChoiceOfCodec:
             ("qsgd", f"qsgd:step=rms,resolution={2**0.5}"),
             ("eden:bits=1", "eden:bits=1"),
             ("topk:fraction=0.1", "topk:fraction=0.1"),
+            ("randk:fraction=0.1,values=bf16", "topk:fraction=0.1,values=bf16"),
+            ("globalrandk:fraction=0.1,bits=4", "topk:fraction=0.1"),
         ],
     )
     def test_its_step_is_fine_enough_for_w_to_keep_up(self, uplink: str, expected: str) -> None:

@@ -59,6 +59,12 @@ class StrataCodec(Codec):
         self._resolve()
         self._form = alphabet(2 * self.levels + 1) if self.levels else alphabet(2)
 
+    def for_model(self) -> Codec:
+        """The largest coordinates instead of random ones, which would leave w 1 / fraction rounds behind."""
+        from ditherps.codecs import codec  # the registry imports this module's subclasses
+
+        return codec("topk", **self.options.model_dump(include={"fraction", "values"}, exclude_none=True))
+
     @abstractmethod
     def _resolve(self) -> None:
         """Set `levels` and `item` from the options."""
