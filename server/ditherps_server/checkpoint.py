@@ -216,7 +216,7 @@ def _values(checkpoint: Checkpoint) -> dict[str, Any]:
     given = {"optimizer": dict(checkpoint.optimizer_values), "totals": dict(checkpoint.totals)}
     _check_keys(given)
     return given | {
-        "job": checkpoint.job.model_dump(mode="json"),
+        "job": checkpoint.job.model_dump(),
         "job_id": checkpoint.job_id,
         "server_epoch": checkpoint.server_epoch,
         "version": checkpoint.version,
