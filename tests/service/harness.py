@@ -96,7 +96,7 @@ class Cluster:
         self.processes[name].kill()
         self.processes.pop(name).communicate()
 
-    def finish(self, name: str, timeout: float = 90.0) -> tuple[int, str, str]:
+    def finish(self, name: str, timeout: float = 180.0) -> tuple[int, str, str]:
         """Wait for a process's end: exit code, standard output, standard error."""
         process = self.processes[name]
         output, error = process.communicate(timeout=timeout)
