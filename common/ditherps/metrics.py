@@ -99,6 +99,7 @@ class ServerMetrics(_Metrics):
         self.learning_rate = self._gauge("learning_rate", "Learning rate of the server's optimizer.")
         self.staged_bytes = self._gauge("staged_bytes", "Bytes of contributions that are held now.")
         self.checkpoint_seconds = self._gauge("checkpoint_seconds", "How long writing the last checkpoint took.")
+        self.checkpoint_failures = self._counter("checkpoint_failures", "Checkpoints that could not be written.")
         self.checkpoint_timestamp_seconds = self._gauge(
             "checkpoint_timestamp_seconds", "When the last checkpoint was written."
         )

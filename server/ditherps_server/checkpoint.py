@@ -77,7 +77,7 @@ class Checkpoint:
 def write(path: Path, checkpoint: Checkpoint) -> int:
     """Replace the checkpoint at `path`, and return its bytes; until it is whole and on disk, the last one stays.
 
-    Tensors are written from where they are, without a copy: nothing may change them meanwhile. There must be room for
+    Tensors are written from where they are, without a copy: nothing may change them meanwhile (leases may come). There must be room for
     the new checkpoint beside the last one. What a writer that was killed has left behind is removed first. Only its
     owner can read the file, for it holds the workers' lease keys.
 
@@ -222,7 +222,7 @@ def _values(checkpoint: Checkpoint) -> dict[str, Any]:
         "version": checkpoint.version,
         "layout_digest": checkpoint.layout_digest.hex(),
         "initial_digest": checkpoint.initial_digest.hex(),
-        "leases": {str(index): key.hex() for index, key in checkpoint.leases.items()},
+        "leases": {str(index): key.hex() for index, key in dict(checkpoint.leases).items()},
     }
 
 

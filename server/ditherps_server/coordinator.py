@@ -319,10 +319,18 @@ class Coordinator:
         return self._finished.result()
 
     def save(self) -> None:
-        """Write a checkpoint of the last applied round; only while nothing changes the model."""
-        traffic = self._meter.traffic
-        totals = {**self.totals.saved(self._clock()), "traffic": asdict(traffic)}
-        self._metrics.checkpoint_seconds.set(self.saver.save(self.members.leases, totals))
+        """Write a checkpoint of the last applied round; only while nothing changes the model.
+
+        The run goes on without one where there is no room: the last one stays.
+        """
+        totals = {**self.totals.saved(self._clock()), "traffic": asdict(self._meter.traffic)}
+        try:
+            seconds = self.saver.save(self.members.leases, totals)
+        except OSError as error:
+            log.error("checkpoint version=%d not written: %s", self.model.version, error)
+            self._metrics.checkpoint_failures.inc()
+            return
+        self._metrics.checkpoint_seconds.set(seconds)
         self._metrics.checkpoint_timestamp_seconds.set_to_current_time()
 
     def stop(self, reason: Reason) -> None:

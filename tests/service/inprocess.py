@@ -7,7 +7,7 @@ import contextlib
 import json
 import signal
 import urllib.request
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,12 @@ class Served:
     job_id: str
     metrics_port: int | None
     running: asyncio.Task[RunResult]
+    closed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def reached(self, version: int) -> None:
+        """Returns when the round that makes this version has been recorded."""
+        async with self.closed, asyncio.timeout(CALL_SECONDS):
+            await self.closed.wait_for(lambda: len(self.records()) >= version)
 
     async def metric(self, name: str) -> float:
         """The value of one line of /metrics (name with its labels); 0 where there is none yet."""
@@ -62,20 +68,36 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def serving(
-    run_dir: Path, *, task: Task | None = None, metrics: bool = False, **options: Any
-) -> AsyncIterator[Served]:
-    """Serve a job of `Tiny` on a free port; what is left of it ends with the context."""
+    run_dir: Path, *, task: Task | None = None, metrics: bool = False, server: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> AsyncIterator[Served]:  # fmt: skip
+    """Serve a job of `Tiny` on a free port, or as `server` says; what is left of it ends with the context."""
     job = JobConfig.model_validate(
         {"task": "tiny", "workers": 2, "rounds": 3, "codec": "dqsg", "batch_size": 8, **options}
     )
-    config = ServerConfig(run_dir=run_dir, port=0, metrics_port=0 if metrics else -1, threads=1)
-    running = asyncio.create_task(serve(job, config, task or Tiny()))
+    ports = {"port": 0, "metrics_port": 0 if metrics else -1}
+    config = ServerConfig.model_validate({"run_dir": run_dir, **ports, "threads": 1, **(server or {})})
+    (run_dir / "server.json").unlink(missing_ok=True)
+    closed = asyncio.Condition()
+
+    async def notify() -> None:
+        async with closed:
+            closed.notify_all()
+
+    told: set[asyncio.Task[None]] = set()
+
+    def on_round(_: dict[str, Any]) -> None:
+        told.add(asyncio.create_task(notify()))
+
+    running = asyncio.create_task(serve(job, config, task or Tiny(), on_round))
     try:
         while not (run_dir / "server.json").exists():
             if (await asyncio.wait([running], timeout=0.01))[0]:
                 running.result()
         announced = json.loads((run_dir / "server.json").read_text())
-        yield Served(job, run_dir, announced["address"], announced["job_id"], announced["metrics_port"], running)
+        yield Served(
+            job, run_dir, announced["address"], announced["job_id"], announced["metrics_port"], running, closed
+        )
     finally:
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().remove_signal_handler(name)

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ditherps import wire
 from ditherps.config import JobConfig, LocalConfig, SplitConfig, WorkerConfig
-from ditherps.errors import OptionError, Reason, RefusedError, RunFailedError, UnreachableError
+from ditherps.errors import OptionError, Reason, RefusedError, RunFailedError, UnreachableError, UserError
 from ditherps.metrics import WorkerMetrics
 from ditherps.tasks import Samples, Task
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
+from ditherps_server import checkpoint
 from ditherps_worker.client import Client, PushStats
 from ditherps_worker.compute import Computer
 from ditherps_worker.loop import Loop
@@ -86,6 +87,70 @@ async def test_a_run_over_the_wire_is_the_function_that_it_claims_to_be(tmp_path
     assert simulated(served.job.model_copy(update={"seed": 2}), Tiny()) != found[0]
 
 
+RESUMED: dict[str, dict[str, Any]] = {
+    "momentum": {"codec": "dqsg", "workers": 2, "model": "norm",
+                 "optimizer": {"lr": 0.1, "momentum": 0.9}, "schedule": {"name": "cosine"}},
+    "adam": {"codec": "ndqsg", "workers": 3, "model": "norm", "optimizer": {"name": "adam", "lr": 0.01}},
+    "yogi": {"codec": "dqsg", "workers": 2, "model": "norm", "mode": "local", "optimizer": {"name": "fedyogi"},
+             "downlink": {"snapshot": "bf16", "snapshot_every": 3}},
+    "none": {"codec": "none", "workers": 2, "model": "norm", "optimizer": {"lr": 0.1, "momentum": 0.9}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("checkpoint_every", [1, 4])
+async def test_a_server_that_was_cut_off_ends_with_the_model_of_one_that_was_not(
+    tmp_path: Path, name: str, checkpoint_every: int
+) -> None:
+    """It loses the rounds since its checkpoint; its workers hold a w that it has not yet made again."""
+    options = {"rounds": 12, "downlink": {"digest_every": 1}, **RESUMED[name]}
+    server: dict[str, Any] = {"checkpoint_every": checkpoint_every}
+    async with serving(tmp_path, server=server, **options) as served:
+        job, first = served.job, served.job_id
+        workers = [asyncio.create_task(worker(served.address, one)) for one in job.member_table]
+        await served.reached(7)
+    server |= {"resume": True, "port": int(served.address.rpartition(":")[2])}
+    async with serving(tmp_path, server=server, **options) as served:
+        assert served.job_id == first
+        results = await asyncio.gather(*workers)
+        run = await served.running
+    assert [record["version"] for record in served.records()] == list(range(1, 13))
+    assert (run.rounds, run.contributions) == (12, 12 * job.workers)
+    assert {result.model_sha256 for result in results} == {run.model_sha256} == {simulated(job, Tiny())}
+    assert run.digest_mismatches == 0
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+async def test_a_changed_job_is_not_resumed_but_told_how_it_differs(tmp_path: Path) -> None:
+    async with serving(tmp_path, server={"checkpoint_every": 1}, workers=1) as served:
+        running = asyncio.create_task(worker(served.address, "worker-0"))
+        await served.reached(2)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    with pytest.raises(UserError, match=r"batch_size: 8 then, 9 now"):
+        async with serving(tmp_path, server={"resume": True}, workers=1, batch_size=9):
+            pass
+
+
+async def test_resume_without_a_checkpoint_begins_the_job(tmp_path: Path) -> None:
+    async with serving(tmp_path, server={"resume": True}, workers=1) as served:
+        result = await worker(served.address, "worker-0")
+        assert (await served.running).model_sha256 == result.model_sha256 == simulated(served.job, Tiny())
+
+
+async def test_where_no_checkpoint_can_be_written_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    async with serving(tmp_path, server={"checkpoint_every": 1}, metrics=True, workers=1) as served:
+        await worker(served.address, "worker-0")
+        assert await served.metric("ditherps_checkpoint_failures_total") == 3
+        assert (await served.running).rounds == 3
+
+
 class Gated(Tiny):
     """Computes only once it may; says when it has begun."""
 
@@ -141,7 +206,7 @@ async def test_a_worker_that_still_computes_when_the_server_is_stopped_knows_why
 
 
 async def test_a_worker_that_comes_too_late_for_a_round_takes_part_in_the_next(tmp_path: Path) -> None:
-    options = {"quorum": 0.5, "rounds": 2, "round_deadline_seconds": 1.0, "idle_timeout_seconds": 0.5}
+    options = {"quorum": 0.5, "rounds": 2, "round_deadline_seconds": 2.0, "idle_timeout_seconds": 1.5}
     async with slow_and_fast(tmp_path, **options) as (served, gated, peer, slow):
         plan = await peer.plan()
         while plan.round == 0:  # worker 1 gives signs of life, so the round waits for it up to its deadline
