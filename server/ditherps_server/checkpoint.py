@@ -77,12 +77,13 @@ class Checkpoint:
 def write(path: Path, checkpoint: Checkpoint) -> int:
     """Replace the checkpoint at `path`, and return its bytes; until it is whole and on disk, the last one stays.
 
-    Tensors are written from where they are, without a copy: nothing may change them meanwhile (leases may come). There must be room for
-    the new checkpoint beside the last one. What a writer that was killed has left behind is removed first. Only its
-    owner can read the file, for it holds the workers' lease keys.
+    Tensors are written from where they are, without a copy: nothing may change them meanwhile; leases may be added.
+    There must be room for the new checkpoint beside the last one. What a writer that was killed has left behind is
+    removed first. Only its owner can read the file, for it holds the workers' lease keys.
 
     Raises:
-        OSError: no room, no permission. The last checkpoint is there, and nothing of the new one.
+        OSError: no room, no permission. The last checkpoint is there, and no part of the new one; if only the folder
+            could not be synced, the new one is there whole.
         TypeError, ValueError: what is to be saved is not of the kinds that `Checkpoint` names, or has too large values.
     """
     tensors = _tensors(checkpoint)
