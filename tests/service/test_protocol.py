@@ -19,11 +19,14 @@ from ditherps import downlink, wire
 from ditherps.codecs import Context, Encoded
 from ditherps.dither import Address, Domain
 from ditherps.errors import Reason
+from ditherps.layout import FlatModel
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 from ditherps_server.updater import Updater
+from ditherps_worker.held import HeldModel
 from tests.sealing import sealed
 from tests.service.inprocess import Peer, Refused, Served, answered, serving
+from tests.tiny import Tiny
 
 # One loop for all: gRPC's own poller outlives the loop that it began in.
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -696,6 +699,47 @@ class TestPull:
                 assert await served.metric("ditherps_digest_mismatches_total") == count
             right = downlink.digest(torch.frombuffer(bytearray(content), dtype=torch.float32), b"")
             assert (await a.pulled(1, 1, right))[1] == b""
+
+    @pytest.mark.slow
+    async def test_who_was_away_gets_the_steps_or_the_model_and_ends_with_the_right_w(self, tmp_path: Path) -> None:
+        """Away for 5 rounds, and for 500; the bytes on the wire are those that the sizes say."""
+        options = {"model": "wide", "quorum": 0.5, "rounds": 1000}
+        async with opened(tmp_path, **options) as (served, _, b, _), Peer(served.address) as meanwhile:
+            await meanwhile.join("worker-0")
+            network = FlatModel(Tiny().build("wide", served.job.seed))
+            codec = downlink.downlink_codec(served.job.downlink, ditherps.codec("dqsg"))
+            held = HeldModel(served.job.downlink, served.job.seed, codec, network, b.joined.initial_digest)
+            assert held.version == 0
+            version = 0
+            for away in (5, 500):
+                await answered(b.stub.Leave(pb.LeaveRequest(fence=b.fence, reason="left")))
+                for _ in range(away):
+                    plan = await meanwhile.plan()
+                    update = meanwhile.update(plan)
+                    assert (await meanwhile.push(meanwhile.header(plan, update), update)).HasField("accepted")
+                    version += 1
+                    await round_closes(served, meanwhile, version - 1)
+                await b.join("worker-1")
+                before = b.meter.traffic.downlink_bytes
+                header, content = await b.pulled(version, held.version, held.digest_due())
+                cost = b.meter.traffic.downlink_bytes - before - wire.RPC_DOWNLINK_BYTES
+                at = 0
+                for part in held.room(header):
+                    part[:] = content[at : at + len(part)]
+                    at += len(part)
+                held.take(header)
+                assert (held.version, held.digest_due() or downlink.digest(network.flat, b"")) == (
+                    version, bytes.fromhex(served.records()[version - 1]["w_digest"]),
+                )  # fmt: skip
+                steps = [record["step_bytes"] for record in served.records()[version - away : version]]
+                if away == 5:
+                    assert [step.bytes for step in header.steps] == steps
+                    predicted = sum(steps)
+                else:
+                    assert header.encoding == pb.PULL_ENCODING_SNAPSHOT
+                    predicted = 4 * network.flat.numel()
+                    assert predicted < sum(steps)
+                assert predicted < cost <= predicted + 40 + 30 * (len(header.steps) + 1), (predicted, cost)
 
     async def test_everyone_gets_the_same(self, tmp_path: Path) -> None:
         async with opened(tmp_path, model="wide") as (_, a, b, _):
