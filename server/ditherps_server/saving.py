@@ -19,6 +19,7 @@ from ditherps_server.optimizer import ServerOptimizer
 log = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
+OLD_CHECKPOINT_FILE = "checkpoint.old.safetensors"
 CHECKPOINTS_IN_A_RUN = 20
 
 
@@ -43,6 +44,9 @@ def resumed(config: ServerConfig, job: JobConfig, model: ServerModel, optimizer:
     """
     path = config.run_dir / CHECKPOINT_FILE
     if not config.resume:
+        if path.exists():  # a later `--resume` must not take it for this run's
+            path.replace(path.with_name(OLD_CHECKPOINT_FILE))
+            log.warning("not resumed: the checkpoint of an earlier run is %s from now on", OLD_CHECKPOINT_FILE)
         return Origin()
     if not path.exists():
         log.info("no checkpoint in %s: the job begins", config.run_dir)

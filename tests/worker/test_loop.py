@@ -132,6 +132,20 @@ async def test_a_changed_job_is_not_resumed_but_told_how_it_differs(tmp_path: Pa
             pass
 
 
+async def test_a_new_run_in_the_same_folder_moves_the_checkpoint_aside(tmp_path: Path) -> None:
+    async with serving(tmp_path, server={"checkpoint_every": 1}, workers=1) as served:
+        running = asyncio.create_task(worker(served.address, "worker-0"))
+        await served.reached(2)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    saved = (tmp_path / "checkpoint.safetensors").read_bytes()
+    async with serving(tmp_path, workers=1) as again:
+        assert again.job_id != served.job_id
+        assert again.records() == []
+        assert not (tmp_path / "checkpoint.safetensors").exists()
+        assert (tmp_path / "checkpoint.old.safetensors").read_bytes() == saved
+
+
 async def test_resume_without_a_checkpoint_begins_the_job(tmp_path: Path) -> None:
     async with serving(tmp_path, server={"resume": True}, workers=1) as served:
         result = await worker(served.address, "worker-0")
