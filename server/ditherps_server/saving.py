@@ -54,7 +54,8 @@ def resumed(config: ServerConfig, job: JobConfig, model: ServerModel, optimizer:
     saved = checkpoint.read(path)
     if changed := checkpoint.differences(saved.job, job):
         raise UserError(f"{path} is of another job ({'; '.join(changed)}): resume with the job file as it was")
-    if saved.layout_digest != model.layout.digest:
+    sizes = (saved.x.numel(), len(saved.buffers))
+    if saved.layout_digest != model.layout.digest or sizes != (model.layout.coordinates, model.layout.buffer_bytes):
         raise UserError(f"{path} holds another model than the task builds now")
     model.restore(saved.x, saved.w, saved.buffers, saved.version)
     optimizer.load_state_dict(saved.optimizer_tensors, saved.optimizer_values)

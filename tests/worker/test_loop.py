@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,23 @@ async def test_a_new_run_in_the_same_folder_moves_the_checkpoint_aside(tmp_path:
         assert again.records() == []
         assert not (tmp_path / "checkpoint.safetensors").exists()
         assert (tmp_path / "checkpoint.old.safetensors").read_bytes() == saved
+
+
+async def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    async with serving(tmp_path, server={"checkpoint_every": 1}, workers=1) as served:
+        running = asyncio.create_task(worker(served.address, "worker-0"))
+        await served.reached(2)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    path = tmp_path / "checkpoint.safetensors"
+    saved = checkpoint.read(path)
+    # The right digest beside one coordinate, which would be taken for all of them.
+    changes = {"x": torch.ones(1), "w": torch.ones(1)}, {"layout_digest": bytes(32)}, {"buffers": bytes(3)}
+    for change in changes:
+        checkpoint.write(path, replace(saved, **change))
+        with pytest.raises(UserError, match="another model"):
+            async with serving(tmp_path, server={"resume": True}, workers=1):
+                pass
 
 
 async def test_resume_without_a_checkpoint_begins_the_job(tmp_path: Path) -> None:
