@@ -236,7 +236,8 @@ class ServerConfig(_Config):
     """Threads that decode; 0: as many as cores."""
     heartbeat_seconds: Seconds = 5.0
     checkpoint_every: int = Field(0, ge=0)
-    """Rounds between two checkpoints; 0: about 20 in a run. One is written on an interrupt too."""
+    """Rounds between two checkpoints; 0: about 20 in a run, at least 10 rounds apart. One is written on an interrupt
+    too. Room for two is needed."""
     resume: bool = False
     """Go on from the checkpoint in `run_dir`, where there is one."""
     insecure: bool = False

@@ -28,7 +28,7 @@ from ditherps.errors import OptionError
 from ditherps.wire import digest_of
 
 LAG_LIMIT = 1.0
-"""Rounds by which w may lag before a run warns. A step that takes 1 / (1 + omega) leaves w omega rounds behind."""
+"""Rounds by which w may lag before a run warns."""
 
 
 def downlink_codec(config: DownlinkConfig, uplink: Codec) -> Codec | None:
@@ -38,6 +38,8 @@ def downlink_codec(config: DownlinkConfig, uplink: Codec) -> Codec | None:
         OptionError: there is no such codec, or steps cannot be encoded with it.
     """
     codec = parse(config.codec) if config.codec else uplink.for_role(Role.SOURCE).for_model()
+    if codec.name == "none" and config.snapshot != "float32":
+        raise OptionError("downlink.snapshot", config.snapshot, "float32, where the model travels whole in float32")
     if codec.needs_side_information:
         raise OptionError("downlink.codec", config.codec, "a codec without side information, such as dqsg")
     return None if codec.name == "none" else codec
@@ -79,7 +81,10 @@ def job_options(text: str) -> dict[str, Any]:
 
 
 def step_address(seed: int, version: int) -> Address:
-    """Where the dither of the step from `version` to the next lies."""
+    """Where the dither of the step from `version` to the next lies.
+
+    A server that goes on from an older version takes that step anew, with the same dither: of the two only one counts.
+    """
     return Address(seed=seed, round=version, sender=SERVER, domain=Domain.DOWNLINK)
 
 
@@ -92,6 +97,16 @@ def memory_rate(codec: Codec, omega: float) -> float:
     as `terngrad` with its clipping, it takes the same, without that promise.
     """
     return 1.0 if codec.contractive else float(np.float32(1.0 / (1.0 + omega)))
+
+
+def lag_rounds(omega: float, rate: float) -> float:
+    """||x - w||^2 over the squared norm of one move of x, in the long run: about the rounds by which w is behind.
+
+    A step leaves the share e of the difference, e = omega / (1 + omega) at the rate 1 / (1 + omega), else omega; so
+    V = e (V + 1), where moves of x are not correlated with what is left.
+    """
+    left = omega if rate == 1.0 else omega / (1.0 + omega)
+    return left / (1.0 - left) if left < 1.0 else math.inf
 
 
 def take_step(

@@ -42,7 +42,9 @@ def resolve_job(flags: Mapping[str, Any], path: Path | None = None) -> ResolvedJ
     recipe = task.recipe(asked.get("model") or None)
     job = validated(JobConfig, merged(_defaults(recipe, asked), asked))
     codec = make_codec(job.codec, **job.codec_options)
-    downlink_codec(job.downlink, codec)
+    down = downlink_codec(job.downlink, codec)
+    # As a name, so that the job says what is sent, whatever a later version chooses.
+    job = job.model_copy(update={"downlink": job.downlink.model_copy(update={"codec": down.spec if down else "none"})})
     if job.error_feedback:
         require_contractive(codec)
     return ResolvedJob(job, task, server, worker)

@@ -76,9 +76,12 @@ class ServerMetrics(_Metrics):
         )
         self.step_bytes = self._gauge("step_bytes", "Payload of the model's last encoded step; 0: it goes in float32.")
         self.step_nmse = self._gauge("step_nmse", "Expected squared error of the last step over its squared norm.")
+        self.step_lag_rounds = self._gauge("step_lag_rounds", "About the rounds by which the workers' model is behind.")
         self.step_rate = self._gauge("step_rate", "What of the last decoded step the workers' model took (0 to 1).")
         self.history_bytes = self._gauge("history_bytes", "Encoded steps that are kept for workers that were away.")
-        self.pulls = self._counter("pulls", "Models that were sent, as a snapshot or in steps.", "kind")
+        self.pulls = self._counter(
+            "pulls", "Answers to pulls: snapshot, steps, or check (nothing was missing).", "kind"
+        )
         self.digest_mismatches = self._counter(
             "digest_mismatches", "Workers that did not hold the model that they should, and got a snapshot."
         )
@@ -112,7 +115,7 @@ class ServerMetrics(_Metrics):
         for direction in (UP, DOWN):
             self.wire_bytes.labels(direction)
             self.round_bits.labels(direction)
-        for kind in ("snapshot", "steps"):
+        for kind in ("snapshot", "steps", "check"):
             self.pulls.labels(kind)
         for result in ("applied", "abandoned"):
             self.rounds.labels(result)

@@ -98,8 +98,8 @@ Resume = Annotated[
 CheckpointEvery = Annotated[
     int | None,
     _option(
-        "--checkpoint-every", env="CHECKPOINT_EVERY", text="Rounds between checkpoints (default: 20 in a run).",
-        panel=RUN,
+        "--checkpoint-every", env="CHECKPOINT_EVERY",
+        text="Rounds between two checkpoints (default: about 20 in a run).", panel=RUN,
     ),
 ]  # fmt: skip
 Init = Annotated[Path | None, _option("--init", env="INIT", text="First parameters, as safetensors.", panel=RUN)]

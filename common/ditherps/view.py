@@ -94,10 +94,10 @@ class Progress:
     @property
     def warnings(self) -> dict[str, str]:
         """What a person should change, by kind."""
-        lag = self.last["step_nmse"] if self.last else None
+        lag = (self.last.get("step_lag_rounds") or 0.0) if self.last else 0.0
         return {
             **({"nested": failure_warning(self)} if self.failing else {}),
-            **({"lag": lag_warning(lag)} if lag is not None and lag > LAG_LIMIT else {}),
+            **({"lag": lag_warning(lag)} if lag > LAG_LIMIT else {}),
         }
 
     @property
@@ -224,7 +224,7 @@ def lag_warning(lag: float) -> str:
     """What to do when w does not keep up with x."""
     return (
         f"warning: the workers' model is {lag:.1f} rounds behind the server's, which momentum may not bear: "
-        "use a finer --downlink-codec (its relative error is the lag), or a lower learning rate"
+        "use a finer --downlink-codec, or a lower learning rate"
     )
 
 

@@ -95,6 +95,7 @@ async def serve(
     if config.reflection:
         _add_reflection(server)
     port = _bind(server, config)
+    saver.begin()
     recorder.start(job, model.version)
     await server.start()
     for name in ("", wire.SERVICE.full_name):
@@ -114,13 +115,14 @@ async def serve(
         await health_servicer.enter_graceful_shutdown()
         await server.stop(1.0)
         pool.shutdown(cancel_futures=True)
+    result = _result(job, config, coordinator, meter.traffic, reason)
+    if not coordinator.failure:  # else the model may be between two versions
+        if reason is not Reason.FINISHED:
+            coordinator.save()
+        model.save(config.run_dir / "model.safetensors")
+    recorder.finish(result)
     if reason is Reason.FINISHED:
         saver.discard()
-    elif not coordinator.failure:
-        coordinator.save()
-    result = _result(job, config, coordinator, meter.traffic, reason)
-    model.save(config.run_dir / "model.safetensors")
-    recorder.finish(result)
     if reason is not Reason.FINISHED:
         because = coordinator.failure or _EXPLAINED.get(reason, reason)
         raise RunFailedError(reason, f"the run ended at round {model.version} of {job.rounds}: {because}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from ditherps import wire
@@ -14,7 +16,8 @@ from ditherps.codecs import Codec
 from ditherps.codecs.omega import relative_error
 from ditherps.config import DownlinkConfig
 from ditherps.downlink import memory_rate, round_to_bf16, rounds_here, step_address, take_step
-from ditherps.errors import Reason, RefusedError
+from ditherps.errors import NonFiniteError, Reason, RefusedError
+from ditherps.kernels.cpu import INFINITY_BITS, largest_bits
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps_server.history import Step, StepHistory, Way, cheapest
 from ditherps_server.model import ServerModel
@@ -36,9 +39,9 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A pull's answer: `messages` as they travel, and what they hold."""
+    """A pull's answer: `messages` as they travel, to be read once, and what they hold."""
 
-    messages: Sequence[bytes]
+    messages: Iterable[bytes]
     snapshot: str
     """Codec of the snapshot: `none`, `bf16`, or empty where there is none."""
     snapshot_bytes: int
@@ -67,7 +70,8 @@ class Broadcast:
         self.history = StepHistory(config.history_steps, config.history_bytes)
         self._rounded: tuple[int, memoryview] | None = None
         """Version and content of the newest bfloat16 snapshot."""
-        self._answers: dict[tuple[int | None, int], Answer] = {}
+        self._snapshot: tuple[int, Answer] | None = None
+        """The newest version that was sent whole."""
         if codec is not None:
             model.part_w()
 
@@ -78,16 +82,17 @@ class Broadcast:
 
     @property
     def codec_spec(self) -> str:
-        """The same with its options."""
-        return self._codec.spec if self._codec else "none"
+        """The same with its options, as the job says it."""
+        return self._config.codec or (self._codec.spec if self._codec else "none")
 
     def step(self, scratch: torch.Tensor) -> StepReport | None:
         """x has moved: w follows, from the model's version to the next. None where w is x.
 
-        `scratch`: float32 of the model's size, overwritten. Raises `NonFiniteError` naming the parameter where x has
-        become infinite or NaN, and leaves w as it was.
+        `scratch`: float32 of the model's size, overwritten. Raises `EncodingError` naming the parameter where x has
+        become infinite or NaN, or too large to be encoded, and leaves w as it was, unless it is x.
         """
         if self._codec is None:
+            _check_finite(self._model)
             return None
         began = time.perf_counter()
         model, codec, address = self._model, self._codec, step_address(self._seed, self._model.version)
@@ -103,29 +108,30 @@ class Broadcast:
         self.history.add(step)
         return StepReport(encoded.nbytes, omega, step.rate, seconds)
 
-    def answer(self, held: int | None, wanted: int, held_digest: bytes, *, closing: bool) -> Answer:
+    def answer(self, held: int | None, wanted: int, held_digest: bytes, *, moving: bool) -> Answer:
         """What brings a worker that holds version `held` (None: nothing) of w to version `wanted`.
 
         `held_digest`: of what it holds, empty where it does not say; what is not the server's version is not built on.
-        While `closing`, the model is on its way to the next version, and only what was answered before can be.
+        While `moving`, a thread is changing the model, and only a snapshot that was made before can be sent.
         Raises `RefusedError` (`version_unavailable`) for another version than the present one, and then.
         """
         newest = self._model.version
         if wanted != newest:
             raise RefusedError(Reason.VERSION_UNAVAILABLE, f"version {wanted} is not here; the present one is {newest}")
-        if closing and held_digest:
+        if moving:
+            if held is None and self._snapshot is not None and self._snapshot[0] == wanted:
+                return self._snapshot[1]
             raise RefusedError(Reason.VERSION_UNAVAILABLE, f"version {wanted} is over")
         known = self._digest_at(held) if held is not None and held_digest else None
         mismatch = known is not None and held_digest != known
         way = cheapest(self.history, None if mismatch else held, newest, self._snapshots(newest), STEP_OVERHEAD_BYTES)
-        key = (way.first if not way.snapshot else None, newest)
-        if key not in self._answers:
-            if closing:
-                raise RefusedError(Reason.VERSION_UNAVAILABLE, f"version {wanted} is over")
-            # Made once for all workers, and forgotten with the version.
-            self._answers = {known: answer for known, answer in self._answers.items() if known[1] == newest}
-            self._answers[key] = self._made(way, newest)
-        return replace(self._answers[key], mismatch=mismatch)
+        if not way.snapshot:
+            return self._made(way, newest)
+        if self._snapshot is None or self._snapshot[0] != newest:
+            # Made once for all workers; steps cost nothing to send again, and are many.
+            made = self._made(way, newest)
+            self._snapshot = (newest, replace(made, messages=list(made.messages)))
+        return replace(self._snapshot[1], mismatch=mismatch)
 
     def _digest_at(self, version: int) -> bytes | None:
         """None for a version from which no step leads on: then what is held does not matter."""
@@ -152,12 +158,18 @@ class Broadcast:
             buffer_bytes=len(buffers), digest=wire.digest_of(*parts),
             steps=[pb.PullStep(bytes=step.nbytes, rate=step.rate) for step in way.steps],
         )  # fmt: skip
-        messages = [
-            pb.PullResponse(header=header).SerializeToString(),
-            *wire.chunk_messages(pb.PullResponse, parts, wire.CHUNK_BYTES),
-        ]
+        chunks = wire.chunk_messages(pb.PullResponse, parts, wire.CHUNK_BYTES)
+        messages = itertools.chain([pb.PullResponse(header=header).SerializeToString()], chunks)
         step_bytes = sum(step.nbytes for step in way.steps)
         return Answer(messages, codec, len(parameters), len(way.steps), step_bytes, len(buffers))
+
+
+def _check_finite(model: ServerModel) -> None:
+    """Raises `NonFiniteError` naming the parameter where x is infinite or NaN."""
+    x = model.x.numpy()
+    if largest_bits(x.view(np.int32), 0, x.size) >= INFINITY_BITS:
+        where = int(np.flatnonzero(~np.isfinite(x))[0])
+        raise NonFiniteError(f"{model.layout.name_at(where)}: coordinate {where} is {x[where]}")
 
 
 def _bf16_bytes(w: torch.Tensor) -> memoryview:

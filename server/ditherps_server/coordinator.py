@@ -15,11 +15,11 @@ from typing import Any
 
 from ditherps.codecs import Role
 from ditherps.config import JobConfig
-from ditherps.downlink import LAG_LIMIT
+from ditherps.downlink import LAG_LIMIT, lag_rounds
 from ditherps.errors import (
     ContextMismatchError,
     DitherpsError,
-    NonFiniteError,
+    EncodingError,
     PayloadError,
     Reason,
     RefusedError,
@@ -121,6 +121,8 @@ class Coordinator:
         self._closed: tuple[types_pb2.RoundResult, frozenset[int]] | None = None
         self._entered: dict[int, types_pb2.RoundResult] = {}
         """By worker, the last round that its contribution entered: it may not have been listening."""
+        self._moving = False
+        """Whether a thread is changing the model."""
         self._evaluation: Evaluation | None = None
         self._counted = self._exported = meter.traffic
         self._payload_before = (self.totals.uplink_payload_bytes, self.totals.downlink_payload_bytes)
@@ -254,7 +256,7 @@ class Coordinator:
 
         Raises `RefusedError` for another version than the present one.
         """
-        answer = self.broadcast.answer(held, wanted, held_digest, closing=self._state.phase is Phase.CLOSING)
+        answer = self.broadcast.answer(held, wanted, held_digest, moving=self._moving)
         if answer.mismatch:
             self.totals.digest_mismatches += 1
             self._metrics.digest_mismatches.inc()
@@ -275,7 +277,7 @@ class Coordinator:
         if answer.steps:
             metrics.payload_bytes.labels(DOWN, step_codec).inc(answer.step_bytes)
             metrics.values.labels(DOWN, step_codec).inc(coordinates * answer.steps)
-        metrics.pulls.labels("snapshot" if answer.snapshot else "steps").inc()
+        metrics.pulls.labels("snapshot" if answer.snapshot else "steps" if answer.steps else "check").inc()
 
     def status(self) -> pb.StatusResponse:
         """What the server does and waits for."""
@@ -323,7 +325,7 @@ class Coordinator:
 
         The run goes on without one where there is no room: the last one stays.
         """
-        totals = {**self.totals.saved(self._clock()), "traffic": asdict(self._meter.traffic)}
+        totals = {**self.totals.saved(self._clock()), "traffic": asdict(self._counted)}
         try:
             seconds = self.saver.save(self.members.leases, totals)
         except OSError as error:
@@ -418,15 +420,18 @@ class Coordinator:
             self._handle(rounds.Applied(self.model.version))
             return
         contributions = self._staging.members(action.members)
+        self._moving = True
         try:
             report = await asyncio.to_thread(self._updater.apply, contributions)
         except RefusedError as error:
             self._handle(rounds.Unusable(error.reason))
             return
-        except NonFiniteError as error:
+        except EncodingError as error:
             self.failure = f"the model diverged in round {plan.round}: {error}; a lower optimizer.lr may help"
             self.stop(Reason.NON_FINITE)
             return
+        finally:
+            self._moving = False
         now = self._clock()
         announcements = [contribution.announcement for contribution in contributions]
         record = self._record(action, announcements, report, now)
@@ -464,7 +469,9 @@ class Coordinator:
             encode_seconds=_mean([a.encode_seconds for a in announcements]) or 0.0,
             decode_seconds=report.decode_seconds,
             step_bytes=step.nbytes if step else 0, step_nmse=step.nmse if step else None,
-            step_rate=step.rate if step else 1.0, step_encode_seconds=step.encode_seconds if step else 0.0,
+            step_rate=step.rate if step else 1.0,
+            step_lag_rounds=lag_rounds(step.nmse, step.rate) if step else None,
+            step_encode_seconds=step.encode_seconds if step else 0.0,
             w_digest=self.model.digest.hex(),
             nested_tiles=report.decode.tiles, nested_failed_tiles=report.decode.failed_tiles,
         )  # fmt: skip
@@ -489,7 +496,7 @@ class Coordinator:
         metrics.history_bytes.set(self.broadcast.history.nbytes)
         for gauge, value in (
             (metrics.train_loss, record.train_loss), (metrics.update_nmse, record.nmse),
-            (metrics.step_nmse, record.step_nmse),
+            (metrics.step_nmse, record.step_nmse), (metrics.step_lag_rounds, record.step_lag_rounds),
         ):  # fmt: skip
             if value is not None:
                 gauge.set(value)
@@ -502,11 +509,10 @@ class Coordinator:
         if share > limit and "nested" not in self._warned:
             self._warned.add("nested")
             log.warning("nested decoding fails too often: share=%.3f nested_failure_limit=%g", share, limit)
-        if (record.step_nmse or 0.0) > LAG_LIMIT and "lag" not in self._warned:
+        if (record.step_lag_rounds or 0.0) > LAG_LIMIT and "lag" not in self._warned:
             self._warned.add("lag")
             log.warning(
-                "w is more than a round behind x: downlink_codec=%s step_nmse=%.2f", self.broadcast.codec_spec,
-                record.step_nmse,
+                "w lags behind x: rounds=%.1f downlink_codec=%s", record.step_lag_rounds, self.broadcast.codec_spec,
             )  # fmt: skip
 
     def _end_round(self, plan: Plan, *, members: tuple[int, ...] = (), reason: Reason | None = None) -> None:

@@ -100,7 +100,9 @@ class ServerModel:
         self._model.load_buffers(self._buffers)
         tensors = {name: tensor.detach().clone() for name, tensor in self._model.module.named_parameters()}
         tensors |= {name: tensor.detach().clone() for name, tensor in self._model.module.named_buffers()}
-        save_file(tensors, path, metadata={"version": str(self.version), "model_sha256": self.sha256})
+        unfinished = path.with_name(path.name + ".part")
+        save_file(tensors, unfinished, metadata={"version": str(self.version), "model_sha256": self.sha256})
+        unfinished.replace(path)
 
     def copy_into(self, other: FlatModel) -> None:
         """Set another model of the same layout to the exact one."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +13,9 @@ from typing import Any
 import tomli_w
 
 from ditherps.config import JobConfig
+from ditherps.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -54,6 +59,8 @@ class RoundRecord:
     """Expected squared error of the encoded difference over its squared norm."""
     step_rate: float
     """What of the decoded step w took."""
+    step_lag_rounds: float | None
+    """About the rounds by which w is behind x, by the last two."""
     step_encode_seconds: float
     w_digest: str
     """XXH3-128 (hex) of w, then the buffers, after this round."""
@@ -117,6 +124,7 @@ class Recorder:
 
     run_dir: Path
     listeners: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
+    _unwritten: list[str] = field(default_factory=list)
 
     def start(self, job: JobConfig, version: int = 0) -> None:
         """Write the resolved job file; keep the records of the rounds up to `version`, with which the run goes on."""
@@ -124,19 +132,39 @@ class Recorder:
         for leftover in ("result.json", "model.safetensors"):
             (self.run_dir / leftover).unlink(missing_ok=True)
         (self.run_dir / "job.toml").write_text(tomli_w.dumps(job.model_dump(mode="json")))
+        unfinished = self.run_dir / "rounds.jsonl.part"
+        unfinished.write_text("".join(self._kept(version)))
+        unfinished.replace(self.run_dir / "rounds.jsonl")
+
+    def _kept(self, version: int) -> list[str]:
+        """The lines of rounds up to `version`: one may be half written, or of a round that will be run again."""
         records = self.run_dir / "rounds.jsonl"
         lines = records.read_text().splitlines(keepends=True) if version and records.exists() else []
-        # A record may be half written, or of a round that came after the checkpoint and will be run again.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["version"] <= version]
-        records.write_text("".join(kept))
+        try:
+            return [line for line in lines if line.endswith("\n") and json.loads(line)["version"] <= version]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{records} is damaged: move it away, or begin anew without --resume") from None
 
     def add(self, record: RoundRecord) -> None:
-        """Append one round."""
+        """Append one round. The run goes on where there is no room for it: it is written with a later one."""
         values = asdict(record)
-        with (self.run_dir / "rounds.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        self._unwritten.append(json.dumps(values) + "\n")
+        self._write()
         for listener in self.listeners:
             listener(values)
+
+    def _write(self) -> None:
+        """Append what is not in the file yet; where there is no room, later."""
+        path = self.run_dir / "rounds.jsonl"
+        size = path.stat().st_size
+        try:
+            with path.open("a") as file:
+                file.writelines(self._unwritten)
+        except OSError as error:
+            log.error("%d records not written yet: %s", len(self._unwritten), error)
+            os.truncate(path, size)  # no half line
+        else:
+            self._unwritten.clear()
 
     def finish(self, result: RunResult) -> None:
         """Write the result."""

@@ -89,6 +89,8 @@ class State:
     """Roles in which workers may have encoded for the present round and attempt."""
     delivered: frozenset[int] = frozenset()
     evaluated: bool = False
+    begun: bool = False
+    """A round has opened since the server started: from then on a quorum is enough to open the next."""
     abandoned: int = 0
     """Abandoned attempts at the present round."""
 
@@ -264,7 +266,7 @@ def _silence(rules: Rules, state: State, now: float) -> State:
 def _settle(rules: Rules, state: State, now: float) -> tuple[State, tuple[Action, ...]]:
     """Open, close, abandon or finish where the state calls for it."""
     if state.phase is Phase.WAITING:
-        return _try_open(rules, state, now)
+        return _next(rules, state, now)
     if state.phase is Phase.OPEN:
         return _try_close(rules, state, now)
     return state, ()
@@ -274,8 +276,7 @@ def _try_open(rules: Rules, state: State, now: float) -> tuple[State, tuple[Acti
     waited = now - state.since >= rules.join_timeout_seconds
     enough = len(state.present) >= rules.needed(rules.workers)
     # The first round waits for everybody as long as it may; later ones go on with a quorum.
-    begun = state.round > 0 or state.plan is not None
-    if len(state.present) >= rules.workers or (enough and (begun or waited)):
+    if len(state.present) >= rules.workers or (enough and (state.begun or waited)):
         return _open(rules, state, state.present, now)
     return _finish(state, Reason.JOIN_TIMEOUT, now) if waited else (state, ())
 
@@ -289,7 +290,7 @@ def _open(rules: Rules, state: State, invited: tuple[int, ...], now: float) -> t
     plan = Plan(state.round, attempt, state.version, roles, evaluator, now, now + rules.round_deadline_seconds)
     opened = replace(
         state, phase=Phase.OPEN, since=now, plan=plan, encoded={**encoded, **roles}, delivered=frozenset(),
-        evaluated=evaluator is None,
+        evaluated=evaluator is None, begun=True,
     )  # fmt: skip
     return opened, (OpenRound(plan),)
 
@@ -353,12 +354,17 @@ def _abandon(rules: Rules, state: State, reason: Reason, now: float) -> tuple[St
     if state.abandoned >= rules.abandon_limit:
         state, actions = _finish(state, reason, now)
     else:
-        state, actions = _try_open(rules, state, now)
+        state, actions = _next(rules, state, now)
     return state, (dropped, *actions)
 
 
 def _advance(rules: Rules, state: State, now: float) -> tuple[State, tuple[Action, ...]]:
     state = replace(state, phase=Phase.WAITING, since=now, plan=None, encoded={}, delivered=frozenset(), abandoned=0)
+    return _next(rules, state, now)
+
+
+def _next(rules: Rules, state: State, now: float) -> tuple[State, tuple[Action, ...]]:
+    """Open the next round, or wait for who is needed for it; after the last one evaluate, and finish."""
     if state.round < rules.rounds:
         return _try_open(rules, state, now)
     if state.round == rules.rounds and _evaluator(rules, state) is not None:

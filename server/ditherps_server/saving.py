@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 CHECKPOINT_FILE = "checkpoint.safetensors"
 OLD_CHECKPOINT_FILE = "checkpoint.old.safetensors"
 CHECKPOINTS_IN_A_RUN = 20
+LEAST_ROUNDS_BETWEEN = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +45,15 @@ def resumed(config: ServerConfig, job: JobConfig, model: ServerModel, optimizer:
     """
     path = config.run_dir / CHECKPOINT_FILE
     if not config.resume:
-        if path.exists():  # a later `--resume` must not take it for this run's
-            path.replace(path.with_name(OLD_CHECKPOINT_FILE))
-            log.warning("not resumed: the checkpoint of an earlier run is %s from now on", OLD_CHECKPOINT_FILE)
         return Origin()
     if not path.exists():
         log.info("no checkpoint in %s: the job begins", config.run_dir)
         return Origin()
     saved = checkpoint.read(path)
+    if job.error_feedback:
+        raise UserError(
+            "--resume: a job with error_feedback cannot go on, since its workers' errors are of later rounds"
+        )
     if changed := checkpoint.differences(saved.job, job):
         raise UserError(f"{path} is of another job ({'; '.join(changed)}): resume with the job file as it was")
     sizes = (saved.x.numel(), len(saved.buffers))
@@ -72,9 +74,25 @@ class Saver:
         self, config: ServerConfig, job: JobConfig, origin: Origin, model: ServerModel, optimizer: ServerOptimizer
     ) -> None:
         self._path = config.run_dir / CHECKPOINT_FILE
-        self._every = config.checkpoint_every or max(1, job.rounds // CHECKPOINTS_IN_A_RUN)
+        self._every = config.checkpoint_every or max(LEAST_ROUNDS_BETWEEN, job.rounds // CHECKPOINTS_IN_A_RUN)
         self._job, self._origin, self._model, self._optimizer = job, origin, model, optimizer
         self.initial_digest = origin.initial_digest or model.digest
+
+    def begin(self) -> None:
+        """The server is about to let workers in.
+
+        A server that goes on makes its epoch last first: should it be cut off before its next checkpoint, then the one
+        after it has another, and nobody takes what it finds with the workers for its own. Raises `UserError` where
+        there is no room for that.
+        """
+        if self._origin.resumed:
+            try:
+                self.save(self._origin.leases, self._origin.totals)
+            except OSError as error:
+                raise UserError(f"{self._path} cannot be written: {error.strerror}") from None
+        elif self._path.exists():  # a later `--resume` must not take it for this run's
+            self._path.replace(self._path.with_name(OLD_CHECKPOINT_FILE))
+            log.warning("not resumed: the checkpoint of an earlier run is %s from now on", OLD_CHECKPOINT_FILE)
 
     def due(self, version: int) -> bool:
         """Whether a checkpoint belongs after the round that made `version`."""

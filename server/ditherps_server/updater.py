@@ -73,8 +73,8 @@ class Updater:
         """Make the model's next version of contributions in the order of their index.
 
         The update is the mean, weighted by samples. Raises `RefusedError` when they cannot be decoded
-        (`no_side_information`), or their mean is not finite (`non_finite`), `NonFiniteError` when the model has become
-        infinite or NaN.
+        (`no_side_information`), or their mean is not finite (`non_finite`), `EncodingError` when the model has become
+        infinite, NaN, or too large to be encoded.
         """
         began = time.perf_counter()
         senders = [self._sender(contribution) for contribution in contributions]

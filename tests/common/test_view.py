@@ -24,7 +24,7 @@ def record(version: int, up: int = FLOAT32 // 20, down: int = FLOAT32 // 5, befo
     return {
         "version": before + version, "workers": [0, 1], "coordinates": COORDINATES, "elapsed_seconds": float(version),
         "train_loss": 0.5, "test_accuracy": 0.75, "nested_tiles": 0, "nested_failed_tiles": 0,
-        "uplink_bytes": up, "downlink_bytes": down, "step_nmse": 0.3,
+        "uplink_bytes": up, "downlink_bytes": down, "step_lag_rounds": 0.3,
         "uplink_total_bytes": (before + version) * up, "downlink_total_bytes": (before + version) * down,
     }  # fmt: skip
 
@@ -70,7 +70,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_warning_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     with PlainView(job()) as shown:
         for version, lag in ((1, 0.9), (2, 2.5), (3, 2.6), (4, None)):
-            shown.show(record(version) | {"step_nmse": lag})
+            shown.show(record(version) | {"step_lag_rounds": lag})
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1
     assert "2.5 rounds behind" in warnings[0]

@@ -334,3 +334,28 @@ def test_any_schedule_keeps_the_promises(schedule: list[tuple[float, Event]], qu
             event = Applied(state.version + 1) if state.phase is Phase.CLOSING else Tick()
             state, _ = step(rules, state, event, now)
         assert state.phase is Phase.FINISHED
+
+
+class TestAServerThatGoesOn:
+    """Its machine begins at the version of its checkpoint."""
+
+    def test_it_waits_for_all_before_a_quorum_is_enough(self) -> None:
+        rules = replace(RULES, quorum=0.5)
+        state, done = run(rules, joins(2), State(round=1, version=1))
+        assert (state.phase, done) == (Phase.WAITING, [])
+        state, done = run(rules, [(1.0, Seen(0)), (29.0, Seen(0)), (29.0, Seen(1)), (30.0, Tick())], state)
+        (opened,) = done
+        assert isinstance(opened, OpenRound)
+        assert (opened.plan.round, opened.plan.base_version, tuple(opened.plan.roles)) == (1, 1, (0, 1))
+
+    @pytest.mark.parametrize("server_evaluates", [True, False])
+    def test_at_the_last_version_nobody_is_invited_any_more(self, server_evaluates: bool) -> None:
+        rules = replace(RULES, evaluation_interval=1, server_evaluates=server_evaluates)
+        state, done = run(rules, [(0.0, Tick())], State(round=rules.rounds, version=rules.rounds))
+        if server_evaluates:
+            (opened,) = done
+            assert isinstance(opened, OpenRound)
+            assert (dict(opened.plan.roles), opened.plan.evaluator) == ({}, SERVER_EVALUATES)
+            state, done = run(rules, [(1.0, Evaluated()), (1.0, Applied(rules.rounds))], state)
+        assert state.phase is Phase.FINISHED
+        assert done[-1] == FinishRun(Reason.FINISHED)

@@ -122,6 +122,34 @@ async def test_a_server_that_was_cut_off_ends_with_the_model_of_one_that_was_not
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
+async def test_each_life_of_a_server_has_an_epoch_of_its_own(tmp_path: Path) -> None:
+    """Also one that is cut off before its first checkpoint: what a worker got from it is not the next one's."""
+    async with serving(tmp_path, server={"checkpoint_every": 2}, workers=1, rounds=9) as served:
+        running = asyncio.create_task(worker(served.address, "worker-0"))
+        await served.reached(3)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    for epoch in (2, 3, 4):
+        async with (
+            serving(tmp_path, server={"checkpoint_every": 2, "resume": True}, workers=1, rounds=9) as served,
+            Peer(served.address) as peer,
+        ):
+            assert (await peer.join("worker-0")).fence.server_epoch == epoch
+            assert (await peer.plan()).round == 2
+
+
+async def test_a_job_with_error_feedback_is_not_resumed(tmp_path: Path) -> None:
+    options: dict[str, Any] = {**JOBS["feedback"], "workers": 1}
+    async with serving(tmp_path, server={"checkpoint_every": 1}, **options) as served:
+        running = asyncio.create_task(worker(served.address, "worker-0"))
+        await served.reached(2)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    with pytest.raises(UserError, match="error_feedback"):
+        async with serving(tmp_path, server={"resume": True}, **options):
+            pass
+
+
 async def test_a_changed_job_is_not_resumed_but_told_how_it_differs(tmp_path: Path) -> None:
     async with serving(tmp_path, server={"checkpoint_every": 1}, workers=1) as served:
         running = asyncio.create_task(worker(served.address, "worker-0"))
@@ -439,7 +467,7 @@ class SlowToLoad(Tiny):
 
 
 async def test_a_worker_that_loads_its_data_for_long_is_not_silent(tmp_path: Path) -> None:
-    task, limit = SlowToLoad(), 0.6
+    task, limit = SlowToLoad(), 1.5
     async with (
         serving(tmp_path, idle_timeout_seconds=limit, rounds=1, workers=1) as served,
         Peer(served.address) as peer,

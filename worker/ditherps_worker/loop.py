@@ -96,7 +96,7 @@ class Loop:
         self._lease_key = secrets.token_bytes(16)
         self._computer: Computer | None = None
         self._held: HeldModel | None = None
-        self._epoch = 0
+        self._epoch = self._index = 0
         self._sent: Encoded | None = None
         self._feedback: ErrorFeedback | None = None
         self._results: list[types_pb2.RoundResult] = []
@@ -165,9 +165,11 @@ class Loop:
             await asyncio.gather(*background, return_exceptions=True)
 
     async def _prepare(self, job: JobConfig, joined: pb.JoinResponse) -> None:
-        if joined.fence.job_id == self._job_id:
+        if (joined.fence.job_id, joined.index) == (self._job_id, self._index):
             if self._held is not None and joined.fence.server_epoch != self._epoch:
-                self._held.doubted = True  # the server was started again, perhaps from an older version
+                # The server was started again, perhaps from an older version: what this worker knows of versions and
+                # rounds may be of another course of the job.
+                self._held.doubted, self._sent = True, None
             self._epoch = joined.fence.server_epoch
             return
         self._sent, self._held, self._feedback = None, None, None
@@ -190,7 +192,7 @@ class Loop:
         self._codec = self._codec.for_layout(layout)
         if job.error_feedback:
             self._feedback = ErrorFeedback(self._codec, layout.coordinates)
-        self._job_id, self._epoch = joined.fence.job_id, joined.fence.server_epoch
+        self._job_id, self._index, self._epoch = joined.fence.job_id, joined.index, joined.fence.server_epoch
         log.info("joined job %s as worker %d of %d", self._job_id, joined.index, job.workers)
 
     async def _watch(self, state: State) -> None:

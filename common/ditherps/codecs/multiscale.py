@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from ditherps.codecs.base import HEADER, BadInput, Bytes, Codec, Context, Encoded, Options, Span
+from ditherps.codecs.qsgd import QsgdCodec
 from ditherps.dither import TILE, Address
 from ditherps.errors import OptionError, PayloadError, Reason
 from ditherps.kernels import cpu, multiscale
@@ -60,6 +61,10 @@ class MultiscaleCodec(Codec):
         self._coarse = (1 << self.options.low) - 1
         self._fine = (1 << self.options.high) - 1
         self._form = alphabet(2 * self._coarse + 1)
+
+    def for_model(self) -> Codec:
+        """`qsgd`, whose step does not follow from the largest value alone."""
+        return QsgdCodec(bucket=0).for_model()
 
     def max_nbytes(self, coordinates: int) -> int:
         """Exactly what a vector takes that is not all zero."""

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from ditherps.codecs.base import Context, Encoded, Options
+from ditherps.codecs.base import Codec, Context, Encoded, Options
 from ditherps.codecs.integer import IntegerCodec
 from ditherps.codecs.steps import StepOptions
 from ditherps.dither import Address
@@ -63,6 +63,10 @@ class TerngradCodec(IntegerCodec):
     def _step_rule(self) -> StepOptions:
         return StepOptions(coder=self.options.coder, step="max", levels=1, bucket=0)
 
+    def for_model(self) -> Codec:
+        """`qsgd`: three levels are too coarse."""
+        return QsgdCodec(coder=self.options.coder, bucket=0).for_model()
+
     def _encode_on(self, pool: Executor | None, x: NDArray[np.float32], address: Address, context: Context) -> Encoded:
         if self.options.clip and x.size and cpu.largest_bits(x.view(np.int32), 0, x.size) < cpu.INFINITY_BITS:
             square = cpu.sum_of_squares(x, 0, x.size, cpu.workspace().sums) / x.size
@@ -94,3 +98,7 @@ class MaxnormCodec(IntegerCodec):
 
     def _step_rule(self) -> StepOptions:
         return StepOptions(coder=self.options.coder, step="max", levels=(1 << self.options.bits) - 1, bucket=0)
+
+    def for_model(self) -> Codec:
+        """`qsgd`, whose step does not follow from the largest value alone."""
+        return QsgdCodec(coder=self.options.coder, bucket=0).for_model()

@@ -24,6 +24,7 @@ from pydantic import BeforeValidator, Field
 from ditherps.codecs.allocation import unbiased_fill
 from ditherps.codecs.base import HEADER, BadInput, Codec, Context, Encoded, Span
 from ditherps.codecs.dqsg import DqsgCodec
+from ditherps.codecs.integer import MODEL_NMSE
 from ditherps.codecs.suited import MOST, suited_half
 from ditherps.codecs.wrapper import WrapperCodec, WrapperOptions
 from ditherps.dither import MAX_COORDINATES, Address
@@ -223,6 +224,14 @@ class TensorsCodec(WrapperCodec):
         assert isinstance(self.inner, DqsgCodec)
         assert self.inner.options.nmse is not None  # checked where it was made
         return self.inner.options.nmse
+
+    def for_model(self) -> Codec:
+        """With an error over the whole vector that is small enough for the steps of the model."""
+        if self._nmse <= MODEL_NMSE:
+            return self
+        given = self.inner.options.model_dump(exclude_unset=True, exclude={"nmse"})
+        inner = DqsgCodec(**given, nmse=MODEL_NMSE)
+        return TensorsCodec(**self.options.model_dump(exclude_unset=True, exclude={"inner"}), inner=inner.spec)
 
     def for_layout(self, layout: Layout) -> Codec:
         """With the sizes of the layout's tensors.

@@ -71,6 +71,14 @@ class WrapperCodec(Codec):
             raise OptionError(f"{self.name}.inner", self.options.inner, allowed)
         return found
 
+    def for_model(self) -> Codec:
+        """With the inner codec for the steps of the model."""
+        inner = self.inner.for_model()
+        if inner == self.inner:
+            return self
+        given = self.options.model_dump(exclude_unset=True, exclude={"inner"})
+        return type(self)(**given, inner=inner.spec)
+
     def format_options(self) -> dict[str, Any]:
         """The inner codec's name and options stand for the text that describes them: spellings do not matter."""
         return super().format_options() | {"inner": [self.inner.name, self.inner.format_options()]}
