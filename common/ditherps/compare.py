@@ -9,31 +9,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ditherps.codecs import codec
 from ditherps.config import merged
-from ditherps.downlink import downlink_codec, job_options
 from ditherps.errors import DitherpsError, ExitCode, OptionError
-from ditherps.job import ResolvedJob, resolve_job
+from ditherps.job import ResolvedJob, job_options, resolve_job
 from ditherps.local import run_local
+from ditherps.summary import print_wide
 
 _KEPT = (
     "downlink_codec", "test_accuracy", "test_loss", "uplink_bytes", "downlink_bytes", "uplink_bits_per_coordinate",
     "downlink_bits_per_coordinate", "total_bits_per_coordinate", "compression_vs_float32",
     "total_compression_vs_float32", "seconds", "rounds", "workers", "reason", "model_sha256",
 )  # fmt: skip
-_WIDTH = 100
-"""Columns of the table where there is no terminal."""
 
 
 def resolve(specs: Sequence[str], flags: Mapping[str, Any], config: Path | None = None) -> list[ResolvedJob]:
     """The jobs to compare, all checked before the first begins.
 
     Args:
-        specs: codecs as `ditherps.downlink.directions` reads them: UP or UP/DOWN.
+        specs: codecs as `ditherps.job.directions` reads them: UP or UP/DOWN.
         flags: the job without its codec, as `ditherps.job.resolve_job` takes it; its downlink's codec is that of the
             runs that name none.
         config: a job file; what it says of a codec's options holds where that codec is compared.
@@ -43,10 +39,7 @@ def resolve(specs: Sequence[str], flags: Mapping[str, Any], config: Path | None 
     """
     if not specs or len(set(specs)) < len(specs):
         raise OptionError("--codec", ", ".join(specs), "each once: --codec none --codec dqsg --codec dqsg/none")
-    jobs = [resolve_job(merged(flags, job_options(spec)), config) for spec in specs]
-    for job in jobs:
-        downlink_codec(job.config.downlink, codec(job.config.codec, **job.config.codec_options))
-    return jobs
+    return [resolve_job(merged(flags, job_options(spec)), config) for spec in specs]
 
 
 def compare(
@@ -141,6 +134,6 @@ def _number(value: float | None, form: str) -> str:
 
 def print_table(comparison: Mapping[str, Any]) -> None:
     """Print the table, and where the plots are, on standard output."""
-    Console(width=None if sys.stdout.isatty() else _WIDTH).print(table(comparison))
+    print_wide(table(comparison))
     for path in comparison["plots"]:
         print(path)

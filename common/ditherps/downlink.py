@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from concurrent.futures import Executor
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,41 +42,6 @@ def downlink_codec(config: DownlinkConfig, uplink: Codec) -> Codec | None:
     if codec.needs_side_information:
         raise OptionError("downlink.codec", config.codec, "a codec without side information, such as dqsg")
     return None if codec.name == "none" else codec
-
-
-def directions(text: str) -> tuple[str, str]:
-    """Both codecs of a run that is named `UP` or `UP/DOWN`; the second is empty where nothing is said of it.
-
-    The slash stands outside parentheses: `dqsg:coder=rans/none`, `scaled:inner=(dqsg:levels=3)/dqsg`.
-
-    Raises:
-        OptionError: the text has another form, there is no such codec, or it cannot encode the way down.
-    """
-    depth, begin = 0, 0
-    parts: list[str] = []
-    for place, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if character == "/" and depth == 0:
-            parts.append(text[begin:place])
-            begin = place + 1
-    parts.append(text[begin:])
-    if not all(parts) or len(parts) > 2:
-        raise OptionError("codec", text, "UP or UP/DOWN, each NAME or NAME:option=value,..., such as dqsg/none")
-    up, down = parts[0], parts[1] if len(parts) == 2 else ""
-    downlink_codec(DownlinkConfig(codec=down), parse(up))
-    return up, down
-
-
-def job_options(text: str) -> dict[str, Any]:
-    """What a job says of its codecs where they are named `UP` or `UP/DOWN`; of the downlink nothing in the first case.
-
-    Raises `OptionError` as `directions`.
-    """
-    up, down = directions(text)
-    codec = parse(up)
-    given = codec.options.model_dump(mode="json", exclude_unset=True)
-    options: dict[str, Any] = {"codec": codec.name, "codec_options": given}
-    return {**options, "downlink": {"codec": down}} if down else options
 
 
 def step_address(seed: int, version: int) -> Address:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ditherps.codecs import codec as make_codec
-from ditherps.config import JobConfig, ServerConfig, WorkerConfig, merged, read_job_file, validated
+from ditherps.codecs import parse
+from ditherps.config import DownlinkConfig, JobConfig, ServerConfig, WorkerConfig, merged, read_job_file, validated
 from ditherps.downlink import downlink_codec
 from ditherps.errors import OptionError
 from ditherps.feedback import require_contractive
@@ -73,3 +74,38 @@ def _defaults(recipe: Recipe, asked: Mapping[str, Any]) -> dict[str, Any]:
         "schedule": {"name": "constant"},
         "local": {"lr": recipe.optimizer["lr"]},
     }
+
+
+def directions(text: str) -> tuple[str, str]:
+    """Both codecs of a run that is named `UP` or `UP/DOWN`; the second is empty where nothing is said of it.
+
+    The slash stands outside parentheses: `dqsg:coder=rans/none`, `scaled:inner=(dqsg:levels=3)/dqsg`.
+
+    Raises:
+        OptionError: the text has another form, there is no such codec, or it cannot encode the way down.
+    """
+    depth, begin = 0, 0
+    parts: list[str] = []
+    for place, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if character == "/" and depth == 0:
+            parts.append(text[begin:place])
+            begin = place + 1
+    parts.append(text[begin:])
+    if not all(parts) or len(parts) > 2:
+        raise OptionError("codec", text, "UP or UP/DOWN, each NAME or NAME:option=value,..., such as dqsg/none")
+    up, down = parts[0], parts[1] if len(parts) == 2 else ""
+    downlink_codec(DownlinkConfig(codec=down), parse(up))
+    return up, down
+
+
+def job_options(text: str) -> dict[str, Any]:
+    """What a job says of its codecs where they are named `UP` or `UP/DOWN`; of the downlink nothing in the first case.
+
+    Raises `OptionError` as `directions`.
+    """
+    up, down = directions(text)
+    codec = parse(up)
+    given = codec.options.model_dump(mode="json", exclude_unset=True)
+    options: dict[str, Any] = {"codec": codec.name, "codec_options": given}
+    return {**options, "downlink": {"codec": down}} if down else options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,11 @@ def print_summary(result: Mapping[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
+
+
+def print_wide(table: Table) -> None:
+    """Print a table on standard output: as wide as the terminal, 100 columns where there is none."""
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
 def _sent(result: Mapping[str, Any]) -> str:

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +27,7 @@ from ditherps.errors import OptionError, Reason, RunFailedError, UserError
 from ditherps.metrics import ServerMetrics
 from ditherps.network import is_loopback
 from ditherps.tasks import Task
-from ditherps.wire import Traffic
+from ditherps_server.accounts import Accounts, traffic_of
 from ditherps_server.broadcast import Broadcast
 from ditherps_server.coordinator import Coordinator
 from ditherps_server.evaluation import Evaluator
@@ -36,7 +36,7 @@ from ditherps_server.members import Members
 from ditherps_server.model import ServerModel
 from ditherps_server.records import Recorder, RunResult
 from ditherps_server.rounds import Rules
-from ditherps_server.saving import Origin, Saver, resumed
+from ditherps_server.saving import Saver, resumed
 from ditherps_server.service import ParameterServerService
 from ditherps_server.updater import Updater
 
@@ -73,14 +73,14 @@ async def serve(
         kernels.warm(used)
 
     recorder = Recorder(config.run_dir, listeners=[on_round] if on_round else [])
-    metrics, meter = ServerMetrics(ditherps.__version__), wire.WireMeter(_traffic(origin))
+    metrics, meter = ServerMetrics(ditherps.__version__), wire.WireMeter(traffic_of(origin.totals))
     metrics_port = metrics.serve(config.metrics_host, config.metrics_port) if config.metrics_port >= 0 else None
+    accounts = Accounts(job, model.layout.coordinates, broadcast, metrics, meter, origin.totals, time.monotonic())
     saver = Saver(config, job, origin, model, updater.optimizer)
     coordinator = Coordinator(
         job, rules_of(job, codec, server_evaluates=evaluator is not None), model, broadcast,
         updater, evaluator,
-        Members(job.member_table, origin.job_id, origin.epoch, origin.leases), recorder, saver, metrics, meter,
-        origin.totals,
+        Members(job.member_table, origin.job_id, origin.epoch, origin.leases), recorder, saver, accounts, metrics,
     )  # fmt: skip
     interceptor = ErrorInterceptor(
         meter, job.idle_timeout_seconds, lambda reason: metrics.refused_rpcs.labels(reason.value).inc()
@@ -115,7 +115,7 @@ async def serve(
         await health_servicer.enter_graceful_shutdown()
         await server.stop(1.0)
         pool.shutdown(cancel_futures=True)
-    result = _result(job, config, coordinator, meter.traffic, reason)
+    result = accounts.result(config.run_dir, model, coordinator.last_evaluation, reason, coordinator.model_sha256)
     if not coordinator.failure:  # else the model may be between two versions
         if reason is not Reason.FINISHED:
             coordinator.save()
@@ -127,11 +127,6 @@ async def serve(
         because = coordinator.failure or _EXPLAINED.get(reason, reason)
         raise RunFailedError(reason, f"the run ended at round {model.version} of {job.rounds}: {because}")
     return result
-
-
-def _traffic(origin: Origin) -> Traffic:
-    """What the servers before this one had sent and received."""
-    return Traffic(**origin.totals.get("traffic", {}))
 
 
 _EXPLAINED = {
@@ -205,35 +200,3 @@ def _stop_on_signals(coordinator: Coordinator) -> None:
 
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stop)
-
-
-def _result(
-    job: JobConfig, config: ServerConfig, coordinator: Coordinator, traffic: Traffic, reason: Reason
-) -> RunResult:
-    totals, evaluation, model = coordinator.totals, coordinator.last_evaluation, coordinator.model
-    if evaluation is not None and evaluation.version != model.version:
-        evaluation = None  # of an older model
-    sent = totals.contributions * model.layout.coordinates
-    bits, bits_down = (8 * n / sent if sent else None for n in (traffic.uplink_bytes, traffic.downlink_bytes))
-    both = bits + bits_down if bits is not None and bits_down is not None else None
-    kbit = 8e-3 * traffic.uplink_bytes / totals.contributions if sent else None
-    seconds = totals.finished - totals.began
-    return RunResult(
-        task=job.task, model=job.model, codec=job.codec, codec_options=job.codec_options,
-        downlink_codec=coordinator.broadcast.codec_spec, mode=job.mode, workers=job.workers,
-        rounds=model.version, seed=job.seed, reason=reason.value,
-        seconds=seconds if math.isfinite(seconds) else 0.0,
-        test_accuracy=evaluation.accuracy if evaluation else None, test_loss=evaluation.loss if evaluation else None,
-        parameters=model.layout.coordinates, contributions=totals.contributions,
-        uplink_bytes=traffic.uplink_bytes, downlink_bytes=traffic.downlink_bytes,
-        total_bytes=traffic.uplink_bytes + traffic.downlink_bytes,
-        uplink_payload_bytes=totals.uplink_payload_bytes, downlink_payload_bytes=totals.downlink_payload_bytes,
-        uplink_bits_per_coordinate=bits,
-        uplink_kbit_per_worker_round=kbit,
-        compression_vs_float32=32 / bits if bits else None,
-        downlink_bits_per_coordinate=bits_down, total_bits_per_coordinate=both,
-        total_compression_vs_float32=64 / both if both else None, downlink_steps=totals.downlink_steps,
-        downlink_snapshots=totals.downlink_snapshots, digest_mismatches=totals.digest_mismatches,
-        nested_tiles=totals.nested_tiles, nested_failed_tiles=totals.nested_failed_tiles,
-        model_sha256=coordinator.model_sha256, run_dir=str(config.run_dir),
-    )  # fmt: skip

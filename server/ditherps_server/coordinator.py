@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 from ditherps.codecs import Role
 from ditherps.config import JobConfig
-from ditherps.downlink import LAG_LIMIT, lag_rounds
 from ditherps.errors import (
     ContextMismatchError,
     DitherpsError,
@@ -24,20 +20,20 @@ from ditherps.errors import (
     Reason,
     RefusedError,
 )
-from ditherps.metrics import DOWN, UP, ServerMetrics
+from ditherps.metrics import ServerMetrics
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
-from ditherps.wire import WireMeter
 from ditherps_server import rounds
+from ditherps_server.accounts import Accounts
 from ditherps_server.broadcast import Answer, Broadcast
 from ditherps_server.evaluation import Evaluation, Evaluator
 from ditherps_server.members import Members, Session
 from ditherps_server.model import ServerModel
-from ditherps_server.records import Recorder, RoundRecord
+from ditherps_server.records import Recorder
 from ditherps_server.rounds import Phase, Plan, Rules
 from ditherps_server.saving import Saver
 from ditherps_server.staging import Announcement, Contribution, Staging
-from ditherps_server.updater import Updater, UpdateReport
+from ditherps_server.updater import Updater
 from ditherps_server.watch import Watchers
 
 log = logging.getLogger(__name__)
@@ -54,38 +50,6 @@ _PHASES = {
 }
 
 
-@dataclass(slots=True)
-class Totals:
-    """What a run adds up to."""
-
-    began: float = math.nan
-    """When the first round opened, had the server been there ever since (on the coordinator's clock)."""
-    finished: float = math.nan
-    contributions: int = 0
-    uplink_payload_bytes: int = 0
-    downlink_payload_bytes: int = 0
-    nested_tiles: int = 0
-    nested_failed_tiles: int = 0
-    downlink_steps: int = 0
-    """Steps of w that were sent, each counted once for each worker that got it."""
-    downlink_snapshots: int = 0
-    digest_mismatches: int = 0
-
-    def saved(self, now: float) -> dict[str, Any]:
-        """As plain values, from which `restored` goes on."""
-        counts = asdict(self)
-        began = counts.pop("began")
-        del counts["finished"]
-        return counts | {"elapsed_seconds": now - began}
-
-    @classmethod
-    def restored(cls, saved: Mapping[str, Any], now: float) -> Totals:
-        """From what `saved` gave, at another time."""
-        counts = {key: value for key, value in saved.items() if key != "traffic"}
-        elapsed = counts.pop("elapsed_seconds", math.nan)
-        return cls(**counts, began=now - elapsed)
-
-
 class Coordinator:
     """One job: its members, its rounds, its model."""
 
@@ -100,18 +64,16 @@ class Coordinator:
         members: Members,
         recorder: Recorder,
         saver: Saver,
+        accounts: Accounts,
         metrics: ServerMetrics,
-        meter: WireMeter,
-        totals: Mapping[str, Any],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`totals`: what a server before this one had added up, as `Totals.saved` gave it."""
-        self.job, self.model, self.members, self.totals = job, model, members, Totals.restored(totals, clock())
+        self.job, self.model, self.members, self.accounts = job, model, members, accounts
         self.broadcast, self.saver = broadcast, saver
         self.last_evaluation: Evaluation | None = None
         self.model_sha256 = self.failure = ""
         self._rules, self._updater, self._evaluator = rules, updater, evaluator
-        self._recorder, self._metrics, self._meter, self._clock = recorder, metrics, meter, clock
+        self._recorder, self._metrics, self._clock = recorder, metrics, clock
         self._state = rounds.State(since=clock(), round=model.version, version=model.version)
         self._staging = Staging(job.staging_bytes)
         self._watchers = Watchers()
@@ -124,9 +86,6 @@ class Coordinator:
         self._moving = False
         """Whether a thread is changing the model."""
         self._evaluation: Evaluation | None = None
-        self._counted = self._exported = meter.traffic
-        self._payload_before = (self.totals.uplink_payload_bytes, self.totals.downlink_payload_bytes)
-        self._warned: set[str] = set()
 
     # What the service asks for.
 
@@ -226,10 +185,7 @@ class Coordinator:
             raise RefusedError(Reason.LATE, f"round {announcement.round} has ended")
         if not self._staging.commit(contribution):
             return False
-        self._metrics.contributions.inc()
-        self._metrics.payload_bytes.labels(UP, self.job.codec).inc(announcement.content_bytes)
-        self._metrics.values.labels(UP, self.job.codec).inc(self.model.layout.coordinates)
-        self.totals.uplink_payload_bytes += announcement.content_bytes
+        self.accounts.arrived(announcement)
         self._handle(rounds.Delivered(announcement.index))
         return True
 
@@ -258,30 +214,17 @@ class Coordinator:
         """
         answer = self.broadcast.answer(held, wanted, held_digest, moving=self._moving)
         if answer.mismatch:
-            self.totals.digest_mismatches += 1
-            self._metrics.digest_mismatches.inc()
+            self.accounts.mismatched()
             log.warning("worker=%s does not hold version %s: it gets a snapshot", self.members.names[index], held)
         return answer
 
     def pulled(self, answer: Answer) -> None:
         """An answer has been sent whole."""
-        totals, metrics, coordinates = self.totals, self._metrics, self.model.layout.coordinates
-        step_codec = self.broadcast.codec_name
-        totals.downlink_payload_bytes += answer.payload_bytes
-        totals.downlink_steps += answer.steps
-        metrics.payload_bytes.labels(DOWN, answer.snapshot or step_codec).inc(answer.buffer_bytes)
-        if answer.snapshot:
-            totals.downlink_snapshots += 1
-            metrics.payload_bytes.labels(DOWN, answer.snapshot).inc(answer.snapshot_bytes)
-            metrics.values.labels(DOWN, answer.snapshot).inc(coordinates)
-        if answer.steps:
-            metrics.payload_bytes.labels(DOWN, step_codec).inc(answer.step_bytes)
-            metrics.values.labels(DOWN, step_codec).inc(coordinates * answer.steps)
-        metrics.pulls.labels("snapshot" if answer.snapshot else "steps" if answer.steps else "check").inc()
+        self.accounts.pulled(answer)
 
     def status(self) -> pb.StatusResponse:
         """What the server does and waits for."""
-        now, traffic, state = self._clock(), self._meter.traffic, self._state
+        now, traffic, state = self._clock(), self.accounts.traffic, self._state
         return pb.StatusResponse(
             task=self.job.task, codec=self.job.codec, downlink_codec=self.broadcast.codec_name,
             phase=_PHASES[state.phase], round=state.round, rounds=self.job.rounds, version=self.model.version,
@@ -294,7 +237,7 @@ class Coordinator:
                 for index, member in sorted(state.members.items())
             ],
             uplink_bytes=traffic.uplink_bytes, downlink_bytes=traffic.downlink_bytes,
-            contributions=self.totals.contributions, coordinates=self.model.layout.coordinates,
+            contributions=self.accounts.totals.contributions, coordinates=self.model.layout.coordinates,
         )  # fmt: skip
 
     def _state_of(self, index: int) -> str:
@@ -315,7 +258,7 @@ class Coordinator:
             await asyncio.wait([self._finished], timeout=TICK_SECONDS)
         # A round that is being closed is applied whole, and recorded, before the model is called final.
         await asyncio.gather(*self._tasks)
-        self.totals.finished = self._clock()
+        self.accounts.totals.finished = self._clock()
         self.model_sha256 = await asyncio.to_thread(lambda: self.model.sha256)
         self._tell()
         return self._finished.result()
@@ -325,9 +268,8 @@ class Coordinator:
 
         The run goes on without one where there is no room: the last one stays.
         """
-        totals = {**self.totals.saved(self._clock()), "traffic": asdict(self._counted)}
         try:
-            seconds = self.saver.save(self.members.leases, totals)
+            seconds = self.saver.save(self.members.leases, self.accounts.saved(self._clock()))
         except OSError as error:
             log.error("checkpoint version=%d not written: %s", self.model.version, error)
             self._metrics.checkpoint_failures.inc()
@@ -348,7 +290,7 @@ class Coordinator:
         self._watchers.end(index, stream)
 
     def _watch_gauges(self) -> None:
-        state, traffic = self._state, self._meter.traffic
+        state = self._state
         self._metrics.waiting_seconds.set(self._clock() - state.since)
         self._metrics.staged_bytes.set(self._staging.held_bytes)
         invited = len(state.plan.roles) if state.phase is Phase.OPEN and state.plan else 0
@@ -356,9 +298,8 @@ class Coordinator:
         self._metrics.round_workers.labels("invited").set(invited)
         self._metrics.round_workers.labels("delivered").set(len(state.delivered))
         self._metrics.round_workers.labels("absent").set(len(self.members.names) - len(state.present))
-        grown, self._exported = traffic - self._exported, traffic
-        self._metrics.wire_bytes.labels(UP).inc(grown.uplink_bytes)
-        self._metrics.wire_bytes.labels(DOWN).inc(grown.downlink_bytes)
+        self._metrics.history_bytes.set(self.broadcast.history.nbytes)
+        self.accounts.export()
 
     def _handle(self, event: rounds.Event) -> None:
         self._state, actions = rounds.step(self._rules, self._state, event, self._clock())
@@ -391,8 +332,7 @@ class Coordinator:
         task.add_done_callback(self._tasks.discard)
 
     def _open(self, plan: Plan) -> None:
-        if math.isnan(self.totals.began):
-            self.totals.began = plan.opened_at
+        self.accounts.opened(plan)
         self._evaluation = None
         self._metrics.round.set(plan.round)
         self._tell()
@@ -432,88 +372,13 @@ class Coordinator:
             return
         finally:
             self._moving = False
-        now = self._clock()
         announcements = [contribution.announcement for contribution in contributions]
-        record = self._record(action, announcements, report, now)
-        self._count(record)
+        record = self.accounts.applied(action, announcements, report, self._evaluation, self.model, self._clock())
         self._recorder.add(record)
         if self.saver.due(record.version):
             await asyncio.to_thread(self.save)
         self._end_round(plan, members=action.members)
         self._handle(rounds.Applied(self.model.version))
-
-    def _record(
-        self, action: rounds.CloseRound, announcements: list[Announcement], report: UpdateReport, now: float
-    ) -> RoundRecord:
-        plan, traffic, totals = action.plan, self._meter.traffic, self.totals
-        spent = traffic - self._counted
-        up_before, down_before = self._payload_before
-        self._counted, self._payload_before = traffic, (totals.uplink_payload_bytes, totals.downlink_payload_bytes)
-        evaluation, step = self._evaluation, report.step
-        samples = sum(a.samples for a in announcements)
-        return RoundRecord(
-            round=plan.round, attempt=plan.attempt, base_version=plan.base_version, version=self.model.version,
-            workers=list(action.members), coordinates=self.model.layout.coordinates,
-            absent={index: reason.value for index, reason in action.absent.items()},
-            elapsed_seconds=now - totals.began, round_seconds=now - plan.opened_at, samples=samples,
-            train_loss=_mean([a.loss for a in announcements], [a.samples for a in announcements]),
-            learning_rate=report.learning_rate,
-            test_accuracy=evaluation.accuracy if evaluation else None,
-            test_loss=evaluation.loss if evaluation else None,
-            uplink_bytes=spent.uplink_bytes, downlink_bytes=spent.downlink_bytes,
-            uplink_payload_bytes=totals.uplink_payload_bytes - up_before,
-            downlink_payload_bytes=totals.downlink_payload_bytes - down_before,
-            uplink_total_bytes=traffic.uplink_bytes, downlink_total_bytes=traffic.downlink_bytes,
-            nmse=_mean([a.nmse for a in announcements]),
-            compute_seconds=_mean([a.compute_seconds for a in announcements]) or 0.0,
-            encode_seconds=_mean([a.encode_seconds for a in announcements]) or 0.0,
-            decode_seconds=report.decode_seconds,
-            step_bytes=step.nbytes if step else 0, step_nmse=step.nmse if step else None,
-            step_rate=step.rate if step else 1.0,
-            step_lag_rounds=lag_rounds(step.nmse, step.rate) if step else None,
-            step_encode_seconds=step.encode_seconds if step else 0.0,
-            w_digest=self.model.digest.hex(),
-            nested_tiles=report.decode.tiles, nested_failed_tiles=report.decode.failed_tiles,
-        )  # fmt: skip
-
-    def _count(self, record: RoundRecord) -> None:
-        totals, metrics = self.totals, self._metrics
-        totals.contributions += len(record.workers)
-        totals.nested_tiles += record.nested_tiles
-        totals.nested_failed_tiles += record.nested_failed_tiles
-        self._warn(record)
-        metrics.rounds.labels("applied").inc()
-        metrics.round_bits.labels(UP).set(8 * record.uplink_bytes)
-        metrics.round_bits.labels(DOWN).set(8 * record.downlink_bytes)
-        metrics.round_duration_seconds.observe(record.round_seconds)
-        metrics.decode_seconds.observe(record.decode_seconds)
-        metrics.decode_tiles.inc(record.nested_tiles)
-        metrics.decode_ambiguities.inc(record.nested_failed_tiles)
-        metrics.learning_rate.set(record.learning_rate)
-        metrics.step_encode_seconds.observe(record.step_encode_seconds)
-        metrics.step_bytes.set(record.step_bytes)
-        metrics.step_rate.set(record.step_rate)
-        metrics.history_bytes.set(self.broadcast.history.nbytes)
-        for gauge, value in (
-            (metrics.train_loss, record.train_loss), (metrics.update_nmse, record.nmse),
-            (metrics.step_nmse, record.step_nmse), (metrics.step_lag_rounds, record.step_lag_rounds),
-        ):  # fmt: skip
-            if value is not None:
-                gauge.set(value)
-
-    def _warn(self, record: RoundRecord) -> None:
-        """Say once what a person should change."""
-        totals, limit = self.totals, self.job.nested_failure_limit
-        share = totals.nested_failed_tiles / totals.nested_tiles if totals.nested_tiles else 0.0
-        self._metrics.nested_failure_ratio.set(share)
-        if share > limit and "nested" not in self._warned:
-            self._warned.add("nested")
-            log.warning("nested decoding fails too often: share=%.3f nested_failure_limit=%g", share, limit)
-        if (record.step_lag_rounds or 0.0) > LAG_LIMIT and "lag" not in self._warned:
-            self._warned.add("lag")
-            log.warning(
-                "w lags behind x: rounds=%.1f downlink_codec=%s", record.step_lag_rounds, self.broadcast.codec_spec,
-            )  # fmt: skip
 
     def _end_round(self, plan: Plan, *, members: tuple[int, ...] = (), reason: Reason | None = None) -> None:
         self._staging.clear()
@@ -557,9 +422,3 @@ class Coordinator:
                 types_pb2.JobResult(reason=reason.value, version=self.model.version, model_sha256=self.model_sha256)
             )
         return response
-
-
-def _mean(values: list[float], weights: list[int] | None = None) -> float | None:
-    pairs = [(v, w) for v, w in zip(values, weights or [1] * len(values), strict=True) if math.isfinite(v)]
-    total = sum(weight for _, weight in pairs)
-    return sum(value * weight for value, weight in pairs) / total if total else None

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditherps.codecs import codec_names, parse
-from ditherps.downlink import directions, job_options
 from ditherps.errors import OptionError
+from ditherps.job import directions, job_options
 
 SPECS = ("none", "bf16", "dqsg:levels=1.5,bucket=512", "scaled:inner=(dqsg:levels=3)", "rotated:inner=(none)")
 

@@ -671,8 +671,10 @@ class TestPull:
             header, content = await a.pulled(1, held=0, digest=downlink.digest(w, b""))
             assert header.encoding == pb.PULL_ENCODING_STEPS
             assert (header.from_version, header.parameter_bytes, len(header.steps)) == (0, 0, 1)
-            assert n / 5 < header.steps[0].bytes == len(content) < n / 4
-            codec, address = ditherps.codec("dqsg"), downlink.step_address(served.job.seed, 0)
+            assert n / 5 < header.steps[0].bytes == len(content) < n / 3
+            codec = downlink.downlink_codec(served.job.downlink, ditherps.codec("dqsg"))
+            assert codec is not None
+            address = downlink.step_address(served.job.seed, 0)
             downlink.take_step(codec, Encoded.from_bytes(content), address, header.steps[0].rate, w)
             whole, snapshot = await b.pulled(1)
             assert whole.encoding == pb.PULL_ENCODING_SNAPSHOT

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from ditherps.bench.idle import COORDINATES_VARIABLE
-from ditherps.downlink import directions, job_options
 from ditherps.errors import Reason, RunFailedError
-from ditherps.job import resolve_job
+from ditherps.job import directions, job_options, resolve_job
 from ditherps.local import run_local
 from ditherps.plots import read_records
+from ditherps.summary import print_wide
 
 WARM_UP_ROUNDS = 3
-_WIDTH = 100
-"""Columns of the table where there is no terminal."""
 
 
 def print_table(records: list[dict[str, Any]]) -> None:
@@ -42,13 +38,13 @@ def print_table(records: list[dict[str, Any]]) -> None:
             f"{8e-3 * r['uplink_bytes']:,.0f}", f"{8e-3 * r['downlink_bytes']:,.0f}", f"{r['decode_seconds']:.4f}",
             f"{r['step_encode_seconds']:.4f}",
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else _WIDTH).print(table)
+    print_wide(table)
 
 
 def measure(codec: str, workers: int, rounds: int, coordinates: int) -> dict[str, Any]:
     """One run: a server and `workers` worker processes; bytes are those of a round, all workers together.
 
-    `codec`: UP or UP/DOWN, as `ditherps.downlink.directions` reads it. Raises `OptionError` for another, and
+    `codec`: UP or UP/DOWN, as `ditherps.job.directions` reads it. Raises `OptionError` for another, and
     `RunFailedError` if the run does not come to its end.
     """
     os.environ[COORDINATES_VARIABLE] = str(coordinates)

@@ -1,0 +1,269 @@
+"""What a run adds up to, in both directions: totals, the record of each round, metrics, and what is worth a warning."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ditherps.config import JobConfig
+from ditherps.downlink import LAG_LIMIT, lag_rounds
+from ditherps.errors import Reason
+from ditherps.metrics import DOWN, UP, ServerMetrics
+from ditherps.wire import Traffic, WireMeter
+from ditherps_server.broadcast import Answer, Broadcast
+from ditherps_server.evaluation import Evaluation
+from ditherps_server.model import ServerModel
+from ditherps_server.records import RoundRecord, RunResult
+from ditherps_server.rounds import CloseRound, Plan
+from ditherps_server.staging import Announcement
+from ditherps_server.updater import UpdateReport
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a run adds up to."""
+
+    began: float = math.nan
+    """When the first round opened, had the server been there ever since (on the coordinator's clock)."""
+    finished: float = math.nan
+    contributions: int = 0
+    uplink_payload_bytes: int = 0
+    downlink_payload_bytes: int = 0
+    nested_tiles: int = 0
+    nested_failed_tiles: int = 0
+    downlink_steps: int = 0
+    """Steps of w that were sent, each counted once for each worker that got it."""
+    downlink_snapshots: int = 0
+    digest_mismatches: int = 0
+
+    def saved(self, now: float) -> dict[str, Any]:
+        """As plain values, from which `restored` goes on."""
+        counts = asdict(self)
+        began = counts.pop("began")
+        del counts["finished"]
+        return counts | {"elapsed_seconds": now - began}
+
+    @classmethod
+    def restored(cls, saved: Mapping[str, Any], now: float) -> Totals:
+        """From what `saved` gave, at another time."""
+        counts = dict(saved)
+        elapsed = counts.pop("elapsed_seconds", math.nan)
+        return cls(**counts, began=now - elapsed)
+
+
+class Accounts:
+    """Counts what one job sends and takes. Not thread-safe."""
+
+    def __init__(
+        self,
+        job: JobConfig,
+        coordinates: int,
+        broadcast: Broadcast,
+        metrics: ServerMetrics,
+        meter: WireMeter,
+        saved: Mapping[str, Any],
+        now: float,
+    ) -> None:
+        """`saved`: what a server before this one had added up (`saved` of its accounts), empty for a new job.
+
+        `meter` goes on from its traffic (`traffic_of`).
+        """
+        self._job, self._coordinates, self._broadcast = job, coordinates, broadcast
+        self._metrics, self._meter = metrics, meter
+        self.totals = Totals.restored({key: value for key, value in saved.items() if key != "traffic"}, now)
+        self._counted = self._exported = meter.traffic
+        self._payload_before = (self.totals.uplink_payload_bytes, self.totals.downlink_payload_bytes)
+        self._warned: set[str] = set()
+
+    @property
+    def traffic(self) -> Traffic:
+        """Wire bytes since the run began."""
+        return self._meter.traffic
+
+    def saved(self, now: float) -> dict[str, Any]:
+        """As plain values; the traffic is that of the rounds that have been recorded."""
+        return {**self.totals.saved(now), "traffic": asdict(self._counted)}
+
+    def opened(self, plan: Plan) -> None:
+        """A round is open."""
+        if math.isnan(self.totals.began):
+            self.totals.began = plan.opened_at
+
+    def arrived(self, announcement: Announcement) -> None:
+        """A contribution is here, whole."""
+        self._metrics.contributions.inc()
+        self._metrics.payload_bytes.labels(UP, self._job.codec).inc(announcement.content_bytes)
+        self._metrics.values.labels(UP, self._job.codec).inc(self._coordinates)
+        self.totals.uplink_payload_bytes += announcement.content_bytes
+
+    def mismatched(self) -> None:
+        """A worker does not hold the w that it should."""
+        self.totals.digest_mismatches += 1
+        self._metrics.digest_mismatches.inc()
+
+    def pulled(self, answer: Answer) -> None:
+        """An answer has been sent whole."""
+        totals, metrics, coordinates = self.totals, self._metrics, self._coordinates
+        step_codec = self._broadcast.codec_name
+        totals.downlink_payload_bytes += answer.payload_bytes
+        totals.downlink_steps += answer.steps
+        metrics.payload_bytes.labels(DOWN, answer.snapshot or step_codec).inc(answer.buffer_bytes)
+        if answer.snapshot:
+            totals.downlink_snapshots += 1
+            metrics.payload_bytes.labels(DOWN, answer.snapshot).inc(answer.snapshot_bytes)
+            metrics.values.labels(DOWN, answer.snapshot).inc(coordinates)
+        if answer.steps:
+            metrics.payload_bytes.labels(DOWN, step_codec).inc(answer.step_bytes)
+            metrics.values.labels(DOWN, step_codec).inc(coordinates * answer.steps)
+        metrics.pulls.labels("snapshot" if answer.snapshot else "steps" if answer.steps else "check").inc()
+
+    def export(self) -> None:
+        """Bring the counters of wire bytes up to date."""
+        traffic = self.traffic
+        grown, self._exported = traffic - self._exported, traffic
+        self._metrics.wire_bytes.labels(UP).inc(grown.uplink_bytes)
+        self._metrics.wire_bytes.labels(DOWN).inc(grown.downlink_bytes)
+
+    def applied(
+        self,
+        action: CloseRound,
+        announcements: Sequence[Announcement],
+        report: UpdateReport,
+        evaluation: Evaluation | None,
+        model: ServerModel,
+        now: float,
+    ) -> RoundRecord:
+        """A round's update is in the model: its record, which is counted too.
+
+        `evaluation`: of the round's base version, where there is one.
+        """
+        record = self._record(action, announcements, report, evaluation, model, now)
+        self._count(record)
+        self._warn(record)
+        return record
+
+    def _record(
+        self,
+        action: CloseRound,
+        announcements: Sequence[Announcement],
+        report: UpdateReport,
+        evaluation: Evaluation | None,
+        model: ServerModel,
+        now: float,
+    ) -> RoundRecord:
+        plan, traffic, totals, step = action.plan, self.traffic, self.totals, report.step
+        spent = traffic - self._counted
+        up_before, down_before = self._payload_before
+        self._counted, self._payload_before = traffic, (totals.uplink_payload_bytes, totals.downlink_payload_bytes)
+        samples = sum(a.samples for a in announcements)
+        return RoundRecord(
+            round=plan.round, attempt=plan.attempt, base_version=plan.base_version, version=model.version,
+            workers=list(action.members), coordinates=model.layout.coordinates,
+            absent={index: reason.value for index, reason in action.absent.items()},
+            elapsed_seconds=now - totals.began, round_seconds=now - plan.opened_at, samples=samples,
+            train_loss=_mean([a.loss for a in announcements], [a.samples for a in announcements]),
+            learning_rate=report.learning_rate,
+            test_accuracy=evaluation.accuracy if evaluation else None,
+            test_loss=evaluation.loss if evaluation else None,
+            uplink_bytes=spent.uplink_bytes, downlink_bytes=spent.downlink_bytes,
+            uplink_payload_bytes=totals.uplink_payload_bytes - up_before,
+            downlink_payload_bytes=totals.downlink_payload_bytes - down_before,
+            uplink_total_bytes=traffic.uplink_bytes, downlink_total_bytes=traffic.downlink_bytes,
+            nmse=_mean([a.nmse for a in announcements]),
+            compute_seconds=_mean([a.compute_seconds for a in announcements]) or 0.0,
+            encode_seconds=_mean([a.encode_seconds for a in announcements]) or 0.0,
+            decode_seconds=report.decode_seconds,
+            step_bytes=step.nbytes if step else 0, step_nmse=step.nmse if step else None,
+            step_rate=step.rate if step else 1.0,
+            step_lag_rounds=lag_rounds(step.nmse, step.rate) if step else None,
+            step_encode_seconds=step.encode_seconds if step else 0.0,
+            w_digest=model.digest.hex(),
+            nested_tiles=report.decode.tiles, nested_failed_tiles=report.decode.failed_tiles,
+        )  # fmt: skip
+
+    def _count(self, record: RoundRecord) -> None:
+        totals, metrics = self.totals, self._metrics
+        totals.contributions += len(record.workers)
+        totals.nested_tiles += record.nested_tiles
+        totals.nested_failed_tiles += record.nested_failed_tiles
+        metrics.rounds.labels("applied").inc()
+        metrics.round_bits.labels(UP).set(8 * record.uplink_bytes)
+        metrics.round_bits.labels(DOWN).set(8 * record.downlink_bytes)
+        metrics.round_duration_seconds.observe(record.round_seconds)
+        metrics.decode_seconds.observe(record.decode_seconds)
+        metrics.decode_tiles.inc(record.nested_tiles)
+        metrics.decode_ambiguities.inc(record.nested_failed_tiles)
+        metrics.learning_rate.set(record.learning_rate)
+        metrics.step_encode_seconds.observe(record.step_encode_seconds)
+        metrics.step_bytes.set(record.step_bytes)
+        metrics.step_rate.set(record.step_rate)
+        for gauge, value in (
+            (metrics.train_loss, record.train_loss), (metrics.update_nmse, record.nmse),
+            (metrics.step_nmse, record.step_nmse), (metrics.step_lag_rounds, record.step_lag_rounds),
+        ):  # fmt: skip
+            if value is not None:
+                gauge.set(value)
+
+    def _warn(self, record: RoundRecord) -> None:
+        """Say once what a person should change."""
+        totals, limit = self.totals, self._job.nested_failure_limit
+        share = totals.nested_failed_tiles / totals.nested_tiles if totals.nested_tiles else 0.0
+        self._metrics.nested_failure_ratio.set(share)
+        if share > limit and "nested" not in self._warned:
+            self._warned.add("nested")
+            log.warning("nested decoding fails too often: share=%.3f nested_failure_limit=%g", share, limit)
+        if (record.step_lag_rounds or 0.0) > LAG_LIMIT and "lag" not in self._warned:
+            self._warned.add("lag")
+            log.warning(
+                "w lags behind x: rounds=%.1f downlink_codec=%s", record.step_lag_rounds, self._broadcast.codec_spec,
+            )  # fmt: skip
+
+    def result(
+        self, run_dir: Path, model: ServerModel, evaluation: Evaluation | None, reason: Reason, model_sha256: str
+    ) -> RunResult:
+        """The run, which is over; `evaluation` is the last one."""
+        job, totals, traffic = self._job, self.totals, self.traffic
+        if evaluation is not None and evaluation.version != model.version:
+            evaluation = None  # of an older model
+        sent = totals.contributions * model.layout.coordinates
+        bits, bits_down = (8 * n / sent if sent else None for n in (traffic.uplink_bytes, traffic.downlink_bytes))
+        both = bits + bits_down if bits is not None and bits_down is not None else None
+        kbit = 8e-3 * traffic.uplink_bytes / totals.contributions if sent else None
+        seconds = totals.finished - totals.began
+        return RunResult(
+            task=job.task, model=job.model, codec=job.codec, codec_options=job.codec_options,
+            downlink_codec=self._broadcast.codec_spec, mode=job.mode, workers=job.workers,
+            rounds=model.version, seed=job.seed, reason=reason.value,
+            seconds=seconds if math.isfinite(seconds) else 0.0,
+            test_accuracy=evaluation.accuracy if evaluation else None,
+            test_loss=evaluation.loss if evaluation else None,
+            parameters=model.layout.coordinates, contributions=totals.contributions,
+            uplink_bytes=traffic.uplink_bytes, downlink_bytes=traffic.downlink_bytes,
+            total_bytes=traffic.uplink_bytes + traffic.downlink_bytes,
+            uplink_payload_bytes=totals.uplink_payload_bytes, downlink_payload_bytes=totals.downlink_payload_bytes,
+            uplink_bits_per_coordinate=bits,
+            uplink_kbit_per_worker_round=kbit,
+            compression_vs_float32=32 / bits if bits else None,
+            downlink_bits_per_coordinate=bits_down, total_bits_per_coordinate=both,
+            total_compression_vs_float32=64 / both if both else None, downlink_steps=totals.downlink_steps,
+            downlink_snapshots=totals.downlink_snapshots, digest_mismatches=totals.digest_mismatches,
+            nested_tiles=totals.nested_tiles, nested_failed_tiles=totals.nested_failed_tiles,
+            model_sha256=model_sha256, run_dir=str(run_dir),
+        )  # fmt: skip
+
+
+def traffic_of(saved: Mapping[str, Any]) -> Traffic:
+    """The traffic in saved accounts, from which the meter of the next server goes on."""
+    return Traffic(**saved.get("traffic", {}))
+
+
+def _mean(values: list[float], weights: list[int] | None = None) -> float | None:
+    pairs = [(v, w) for v, w in zip(values, weights or [1] * len(values), strict=True) if math.isfinite(v)]
+    total = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / total if total else None
