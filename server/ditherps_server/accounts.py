@@ -143,26 +143,12 @@ class Accounts:
 
         `evaluation`: of the round's base version, where there is one.
         """
-        record = self._record(action, announcements, report, evaluation, model, now)
-        self._count(record)
-        self._warn(record)
-        return record
-
-    def _record(
-        self,
-        action: CloseRound,
-        announcements: Sequence[Announcement],
-        report: UpdateReport,
-        evaluation: Evaluation | None,
-        model: ServerModel,
-        now: float,
-    ) -> RoundRecord:
         plan, traffic, totals, step = action.plan, self.traffic, self.totals, report.step
         spent = traffic - self._counted
         up_before, down_before = self._payload_before
         self._counted, self._payload_before = traffic, (totals.uplink_payload_bytes, totals.downlink_payload_bytes)
         samples = sum(a.samples for a in announcements)
-        return RoundRecord(
+        record = RoundRecord(
             round=plan.round, attempt=plan.attempt, base_version=plan.base_version, version=model.version,
             workers=list(action.members), coordinates=model.layout.coordinates,
             absent={index: reason.value for index, reason in action.absent.items()},
@@ -186,6 +172,9 @@ class Accounts:
             w_digest=model.digest.hex(),
             nested_tiles=report.decode.tiles, nested_failed_tiles=report.decode.failed_tiles,
         )  # fmt: skip
+        self._count(record)
+        self._warn(record)
+        return record
 
     def _count(self, record: RoundRecord) -> None:
         totals, metrics = self.totals, self._metrics

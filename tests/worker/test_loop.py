@@ -122,13 +122,19 @@ async def test_a_server_that_was_cut_off_ends_with_the_model_of_one_that_was_not
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
-async def test_each_life_of_a_server_has_an_epoch_of_its_own(tmp_path: Path) -> None:
-    """Also one that is cut off before its first checkpoint: what a worker got from it is not the next one's."""
-    async with serving(tmp_path, server={"checkpoint_every": 2}, workers=1, rounds=9) as served:
+async def cut_off(tmp_path: Path, version: int, **options: Any) -> Served:
+    """A server of one worker that ends at once when it has reached a version; so does its worker."""
+    async with serving(tmp_path, **{"workers": 1, **options}) as served:
         running = asyncio.create_task(worker(served.address, "worker-0"))
-        await served.reached(3)
+        await served.reached(version)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+    return served
+
+
+async def test_each_life_of_a_server_has_an_epoch_of_its_own(tmp_path: Path) -> None:
+    """Also one that is cut off before its first checkpoint: what a worker got from it is not the next one's."""
+    await cut_off(tmp_path, 3, server={"checkpoint_every": 2}, rounds=9)
     for epoch in (2, 3, 4):
         async with (
             serving(tmp_path, server={"checkpoint_every": 2, "resume": True}, workers=1, rounds=9) as served,
@@ -140,33 +146,21 @@ async def test_each_life_of_a_server_has_an_epoch_of_its_own(tmp_path: Path) -> 
 
 async def test_a_job_with_error_feedback_is_not_resumed(tmp_path: Path) -> None:
     options: dict[str, Any] = {**JOBS["feedback"], "workers": 1}
-    async with serving(tmp_path, server={"checkpoint_every": 1}, **options) as served:
-        running = asyncio.create_task(worker(served.address, "worker-0"))
-        await served.reached(2)
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    await cut_off(tmp_path, 2, server={"checkpoint_every": 1}, **options)
     with pytest.raises(UserError, match="error_feedback"):
         async with serving(tmp_path, server={"resume": True}, **options):
             pass
 
 
 async def test_a_changed_job_is_not_resumed_but_told_how_it_differs(tmp_path: Path) -> None:
-    async with serving(tmp_path, server={"checkpoint_every": 1}, workers=1) as served:
-        running = asyncio.create_task(worker(served.address, "worker-0"))
-        await served.reached(2)
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    await cut_off(tmp_path, 2, server={"checkpoint_every": 1})
     with pytest.raises(UserError, match=r"batch_size: 8 then, 9 now"):
         async with serving(tmp_path, server={"resume": True}, workers=1, batch_size=9):
             pass
 
 
 async def test_a_new_run_in_the_same_folder_moves_the_checkpoint_aside(tmp_path: Path) -> None:
-    async with serving(tmp_path, server={"checkpoint_every": 1}, workers=1) as served:
-        running = asyncio.create_task(worker(served.address, "worker-0"))
-        await served.reached(2)
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    served = await cut_off(tmp_path, 2, server={"checkpoint_every": 1})
     saved = (tmp_path / "checkpoint.safetensors").read_bytes()
     async with serving(tmp_path, workers=1) as again:
         assert again.job_id != served.job_id
@@ -176,11 +170,7 @@ async def test_a_new_run_in_the_same_folder_moves_the_checkpoint_aside(tmp_path:
 
 
 async def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
-    async with serving(tmp_path, server={"checkpoint_every": 1}, workers=1) as served:
-        running = asyncio.create_task(worker(served.address, "worker-0"))
-        await served.reached(2)
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    await cut_off(tmp_path, 2, server={"checkpoint_every": 1})
     path = tmp_path / "checkpoint.safetensors"
     saved = checkpoint.read(path)
     # The right digest beside one coordinate, which would be taken for all of them.
