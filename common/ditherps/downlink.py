@@ -36,7 +36,10 @@ def downlink_codec(config: DownlinkConfig, uplink: Codec) -> Codec | None:
     Raises:
         OptionError: there is no such codec, or steps cannot be encoded with it.
     """
-    codec = parse(config.codec) if config.codec else uplink.for_role(Role.SOURCE).for_model()
+    try:
+        codec = parse(config.codec) if config.codec else uplink.for_role(Role.SOURCE).for_model()
+    except OptionError as error:
+        raise OptionError(f"downlink.{error.option}", error.value, error.allowed) from None
     if codec.name == "none" and config.snapshot != "float32":
         raise OptionError("downlink.snapshot", config.snapshot, "float32, where the model travels whole in float32")
     if codec.needs_side_information:

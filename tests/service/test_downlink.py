@@ -470,8 +470,8 @@ class TestChoiceOfCodec:
         ("spec", "message"),
         [
             ("ndqsg", "downlink.codec = 'ndqsg' is not allowed; allowed: a codec without side information, such as"),
-            ("zip", "codec = 'zip'"),
-            ("dqsg:levels=0", "levels = 0"),
+            ("zip", "downlink.codec = 'zip'"),
+            ("dqsg:levels=0", "downlink.levels = 0"),
             ("none", "downlink.snapshot = 'bf16' is not allowed"),
         ],
     )
