@@ -69,7 +69,7 @@ class TestCompared:
             both = run["uplink_bits_per_coordinate"] + run["downlink_bits_per_coordinate"]
             assert run["total_bits_per_coordinate"] == pytest.approx(both)
             assert run["total_compression_vs_float32"] == pytest.approx(64 / both)
-        assert (plain["downlink_codec"], dithered["downlink_codec"]) == ("none", "dqsg:levels=3.0")
+        assert (plain["downlink_codec"], dithered["downlink_codec"]) == ("none", "dqsg:levels=3")
         assert 8 < plain["uplink_bytes"] / dithered["uplink_bytes"] < 16
         assert 5 < plain["downlink_bytes"] / dithered["downlink_bytes"] < 16
 
@@ -77,8 +77,8 @@ class TestCompared:
         jobs = [job_of(compared.folder / name) for name in FOLDERS]
         assert [job.codec for job in jobs] == ["none", "dqsg"]
         assert jobs[1].codec_options == {"levels": 1.5, "bucket": 512}
-        assert [job.downlink.codec for job in jobs] == ["", "dqsg:levels=3"]
-        assert jobs[0].downlink == jobs[1].downlink.model_copy(update={"codec": ""})
+        assert [job.downlink.codec for job in jobs] == ["none", "dqsg:levels=3"]
+        assert jobs[0].downlink == jobs[1].downlink.model_copy(update={"codec": "none"})
         bare = [job.model_copy(update={"codec": "", "codec_options": {}, "downlink": None}) for job in jobs]
         assert bare[0] == bare[1]
         assert bare[0].seed == 7

@@ -240,9 +240,8 @@ class Codec(ABC):
     def spec(self) -> str:
         """The codec as `ditherps.codecs.parse` reads it: its name, and the options that were given."""
         given = self.options.model_dump(mode="json", exclude_unset=True)
-        values = (
-            f"{key}=({value})" if set(",=:") & set(str(value)) else f"{key}={value}" for key, value in given.items()
-        )
+        texts = {key: f"{value:.0f}" if _is_whole(value) else str(value) for key, value in given.items()}
+        values = (f"{key}=({text})" if set(",=:") & set(text) else f"{key}={text}" for key, text in texts.items())
         return self.name + ":" * bool(given) + ",".join(values)
 
     def format_options(self) -> dict[str, Any]:
@@ -457,6 +456,11 @@ class Codec(ABC):
         if not 0 <= lo <= hi <= n or lo % unit or (hi % unit and hi != n):
             raise OptionError("span", span, f"multiples of {unit} from 0 to {n}, or {n} as end")
         return lo, hi
+
+
+def _is_whole(value: object) -> bool:
+    """Whether it is a float that is better written without a point."""
+    return isinstance(value, float) and value.is_integer() and abs(value) < 1e6
 
 
 class BadInput(Exception):  # noqa: N818 (never leaves this package)
