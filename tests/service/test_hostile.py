@@ -16,7 +16,7 @@ from ditherps import wire
 from ditherps.codecs import Role
 from ditherps.config import JobConfig
 from ditherps.dither import Address, Domain
-from ditherps.errors import OptionError, Reason
+from ditherps.errors import NonFiniteError, OptionError, Reason
 from ditherps.job import resolve_job
 from ditherps.layout import FlatModel
 from ditherps.sampling import evaluate
@@ -26,7 +26,7 @@ from ditherps_worker.compute import make_deterministic
 from tests.service.inprocess import Peer, Served, serving
 from tests.service.simulation import simulated_model
 
-WORKERS, ROUNDS = 8, 150
+WORKERS, ROUNDS = 8, 100
 asynchronous = pytest.mark.asyncio(loop_scope="session")
 
 
@@ -55,7 +55,9 @@ def test_one_of_eight_sends_its_updates_flipped_and_a_hundred_times_too_large(
 
 @pytest.mark.parametrize("codec", ["dqsg", "ndqsg"])
 def test_the_mean_does_not_survive_it(codec: str) -> None:
-    assert accuracy_of(codec, "weighted_mean", hostile=3) < 0.5
+    """The attack is one: the model has become infinite within the rounds that the robust rules take to learn."""
+    with pytest.raises(NonFiniteError):
+        accuracy_of(codec, "weighted_mean", hostile=3)
 
 
 @contextlib.asynccontextmanager
