@@ -145,6 +145,40 @@ class SplitConfig(_Config):
     """dirichlet: the smaller, the more a worker's labels differ from the others'."""
 
 
+_AGGREGATION_USES = {"trim": "trimmed_mean", "attackers": "krum", "chosen": "krum"}
+
+
+class AggregationConfig(_Config):
+    """How a round's contributions become one update. All but `weighted_mean` count every worker alike.
+
+    median and trimmed_mean: coordinate by coordinate (Yin et al., arXiv 1803.01498). krum: Blanchard et al., "Machine
+    learning with adversaries", NIPS 2017.
+    """
+
+    name: Literal["weighted_mean", "mean", "median", "trimmed_mean", "krum"] = "weighted_mean"
+    """weighted_mean: by samples."""
+    trim: float = Field(0.125, ge=0, le=0.45)
+    """trimmed_mean: share of the contributions that is cut at each end of each coordinate, rounded up: one of eight."""
+    attackers: int = Field(1, ge=1)
+    """krum: how many hostile workers it must withstand, f; takes at least 2 f + 3 contributions."""
+    chosen: int = Field(1, ge=1)
+    """krum: how many of the best contributions are averaged (multi-krum); at most those but f + 2."""
+
+    @field_validator(*_AGGREGATION_USES)
+    @classmethod
+    def _of_use(cls, value: Any, info: ValidationInfo) -> Any:
+        name, user = info.data.get("name"), _AGGREGATION_USES[str(info.field_name)]
+        default = cls.model_fields[str(info.field_name)].default
+        if name is not None and name != user and value != default:
+            raise ValueError(f"{default} with {name}: it is an option of {user}")
+        return value
+
+    @property
+    def robust(self) -> bool:
+        """Whether one hostile contribution among many has only a bounded effect."""
+        return self.name in ("median", "krum") or (self.name == "trimmed_mean" and self.trim > 0)
+
+
 class JobConfig(_Config):
     """Everything that a run is a function of, besides the data and who took part."""
 
@@ -170,6 +204,13 @@ class JobConfig(_Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     split: SplitConfig = SplitConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+    max_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Largest L2 norm of a contribution: one beyond it is refused. 0: no limit."""
+    max_norm_ratio: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """The same as a multiple of the median norm of the round's sources, checked when the round closes. 0: no limit."""
+    max_weight: int = Field(0, ge=0, lt=2**40)
+    """Most samples that a contribution may say stand behind it; 0: those of the job's own batches."""
     evaluate_every: int = Field(0, ge=0)
     """Rounds between two evaluations; 0: about 30 in a run."""
     evaluator: Literal["auto", "server", "worker"] = "auto"
@@ -212,6 +253,11 @@ class JobConfig(_Config):
     def member_table(self) -> tuple[str, ...]:
         """Names of the workers: a worker's index is the position of its name."""
         return self.members or tuple(f"worker-{index}" for index in range(self.workers))
+
+    @property
+    def weight_limit(self) -> int:
+        """Most samples that a contribution may claim."""
+        return self.max_weight or self.batch_size * (self.local.steps if self.mode == "local" else 1)
 
     @property
     def evaluation_interval(self) -> int:

@@ -64,6 +64,8 @@ class Reason(enum.StrEnum):
     DIGEST_MISMATCH = "digest_mismatch"
     MALFORMED = "malformed"
     NON_FINITE = "non_finite"
+    NORM = "norm"
+    WEIGHT = "weight"
     STAGING_FULL = "staging_full"
     # A round or a run ends.
     DEADLINE = "deadline"

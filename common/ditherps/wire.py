@@ -51,7 +51,14 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
 ]
 
 _STATUS: dict[grpc.StatusCode, tuple[Reason, ...]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: (Reason.SIZE, Reason.MALFORMED, Reason.NON_FINITE, Reason.NAME_INVALID),
+    grpc.StatusCode.INVALID_ARGUMENT: (
+        Reason.SIZE,
+        Reason.MALFORMED,
+        Reason.NON_FINITE,
+        Reason.NORM,
+        Reason.WEIGHT,
+        Reason.NAME_INVALID,
+    ),
     grpc.StatusCode.ABORTED: (Reason.SUPERSEDED, Reason.LATE, Reason.CONFLICTING_CONTRIBUTION),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (Reason.STAGING_FULL, Reason.MEMBERS_FULL),
     grpc.StatusCode.DATA_LOSS: (Reason.DIGEST_MISMATCH,),

@@ -24,6 +24,7 @@ from ditherps.codecs import Codec, Role
 from ditherps.config import JobConfig, ServerConfig
 from ditherps.downlink import downlink_codec
 from ditherps.errors import OptionError, Reason, RunFailedError, UserError
+from ditherps.kernels import robust
 from ditherps.metrics import ServerMetrics
 from ditherps.network import is_loopback
 from ditherps.tasks import Task
@@ -36,6 +37,7 @@ from ditherps_server.members import Members
 from ditherps_server.model import ServerModel
 from ditherps_server.records import Recorder, RunResult
 from ditherps_server.rounds import Rules
+from ditherps_server.rule import check_rule
 from ditherps_server.saving import Saver, resumed
 from ditherps_server.service import ParameterServerService
 from ditherps_server.updater import Updater
@@ -64,6 +66,7 @@ async def serve(
     broadcast = Broadcast(job.downlink, job.seed, model, down and down.for_layout(model.layout), pool)
     updater = Updater(model, job, codec, broadcast, pool)
     _check_staging(job, codec, updater)
+    check_rule(job, codec, rules_of(job, codec, server_evaluates=False))
     origin = resumed(config, job, model, updater.optimizer)
     evaluator = None
     if job.evaluator != "worker":
@@ -71,6 +74,8 @@ async def serve(
         evaluator = Evaluator.where_possible(task, job.model or None, config.data_dir, must=must)
     for used in {codec, down or codec}:
         kernels.warm(used)
+    if job.aggregation.robust or job.max_norm or job.max_norm_ratio:
+        robust.warm()
 
     recorder = Recorder(config.run_dir, listeners=[on_round] if on_round else [])
     metrics, meter = ServerMetrics(ditherps.__version__), wire.WireMeter(traffic_of(origin.totals))
@@ -132,6 +137,7 @@ async def serve(
 _EXPLAINED = {
     Reason.JOIN_TIMEOUT: "too few workers came within join_timeout_seconds",
     Reason.QUORUM: "rounds were abandoned for want of a quorum at their deadline",
+    Reason.NORM: "too few contributions kept to the norm limit for a quorum",
     Reason.INTERRUPTED: "interrupted",
     Reason.NO_SIDE_INFORMATION: "no source delivered, so nested contributions could not be decoded",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from ditherps.codecs import Role
 from ditherps.config import JobConfig
@@ -165,6 +165,8 @@ class Coordinator:
             )
         if not 1 <= header.samples < 1 << 40:
             raise PayloadError(f"{header.samples} samples cannot weigh a contribution")
+        if header.samples > self.job.weight_limit:
+            raise PayloadError(f"{header.samples} samples; at most {self.job.weight_limit} count", Reason.WEIGHT)
         if len(header.digest) != 16:
             raise PayloadError(f"a digest of {len(header.digest)} bytes, not 16")
 
@@ -362,6 +364,9 @@ class Coordinator:
         contributions = self._staging.members(action.members)
         self._moving = True
         try:
+            beyond = await asyncio.to_thread(self._updater.beyond_limit, contributions)
+            action = self._without(action, beyond)
+            contributions = self._staging.members(action.members)
             report = await asyncio.to_thread(self._updater.apply, contributions)
         except RefusedError as error:
             self._handle(rounds.Unusable(error.reason))
@@ -379,6 +384,15 @@ class Coordinator:
             await asyncio.to_thread(self.save)
         self._end_round(plan, members=action.members)
         self._handle(rounds.Applied(self.model.version))
+
+    def _without(self, action: rounds.CloseRound, beyond: Mapping[int, str]) -> rounds.CloseRound:
+        """The same without contributions that are refused at the close; raises `RefusedError` if the quorum is lost."""
+        for index, message in beyond.items():
+            self.refused_update(Reason.NORM, index, message)
+        left = rounds.excluding(action, beyond, Reason.NORM)
+        if beyond and not rounds.has_quorum(self._rules, left.plan, frozenset(left.members)):
+            raise RefusedError(Reason.NORM, "without the contributions beyond the norm limit there is no quorum")
+        return left
 
     def _end_round(self, plan: Plan, *, members: tuple[int, ...] = (), reason: Reason | None = None) -> None:
         self._staging.clear()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from ditherps.codecs.base import Role
@@ -324,7 +324,7 @@ def _try_close(rules: Rules, state: State, now: float) -> tuple[State, tuple[Act
         return state, ()
     if not state.evaluated and not late and _can_evaluate(state, plan):
         return state, ()
-    if _has_quorum(rules, plan, state.delivered):
+    if has_quorum(rules, plan, state.delivered):
         absent = {index: state.members[index].why_absent or Reason.DEADLINE for index in pending}
         members = tuple(index for index in plan.roles if index in state.delivered)
         return replace(state, phase=Phase.CLOSING, since=now), (CloseRound(plan, members, absent),)
@@ -337,7 +337,16 @@ def _can_evaluate(state: State, plan: Plan) -> bool:
     return plan.evaluator == SERVER_EVALUATES or state.members[plan.evaluator].present
 
 
-def _has_quorum(rules: Rules, plan: Plan, delivered: frozenset[int]) -> bool:
+def excluding(action: CloseRound, indices: Collection[int], reason: Reason) -> CloseRound:
+    """The same closing without the contributions of `indices`."""
+    return CloseRound(
+        action.plan, tuple(index for index in action.members if index not in indices),
+        {**action.absent, **dict.fromkeys(indices, reason)},
+    )  # fmt: skip
+
+
+def has_quorum(rules: Rules, plan: Plan, delivered: frozenset[int]) -> bool:
+    """Whether enough workers of each role have delivered."""
     for role in Role:
         invited = [index for index, has in plan.roles.items() if has is role]
         if len(delivered.intersection(invited)) < rules.needed(len(invited)):

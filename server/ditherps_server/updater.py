@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +13,12 @@ import numpy as np
 import torch
 
 from ditherps.codecs import Codec, DecodeReport, Encoded, Role
-from ditherps.config import JobConfig
+from ditherps.config import AggregationConfig, JobConfig
 from ditherps.dither import Address, Domain
 from ditherps.errors import PayloadError, Reason, RefusedError
 from ditherps.kernels.cpu import INFINITY_BITS, largest_bits
 from ditherps.layout import unpack_buffers
-from ditherps_server.aggregate import Sender, mean_buffers, weighted_mean
+from ditherps_server.aggregate import Sender, aggregate, can_decode, merged_buffers, norms
 from ditherps_server.broadcast import Broadcast, StepReport
 from ditherps_server.model import ServerModel
 from ditherps_server.optimizer import ServerOptimizer
@@ -59,7 +61,11 @@ class Updater:
         return self._model.layout.buffer_bytes
 
     def validate(self, contribution: Contribution) -> None:
-        """Raises `PayloadError` unless the content can be decoded to finite values of the model's layout."""
+        """Raises `PayloadError` unless the content can be decoded to finite values of the model's layout.
+
+        With `max_norm` the decoded norm is checked too (`norm`), but of nested contributions, which cannot be decoded
+        alone: their steps bound it, but a hundred times too high to tell good from bad. `beyond_limit` checks these.
+        """
         announcement = contribution.announcement
         codec = self._codecs[announcement.role]
         codec.validate(Encoded.from_bytes(contribution.update), self._model.layout.coordinates)
@@ -68,25 +74,63 @@ class Updater:
         ):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise PayloadError(f"buffer {spec.name} holds NaN or infinity", Reason.NON_FINITE)
+        if self._job.max_norm and not codec.needs_side_information:
+            (norm,) = norms([self._sender(contribution)], self._model.layout.coordinates, AggregationConfig(), None)
+            if not norm <= self._job.max_norm:
+                raise PayloadError(f"norm {norm:.4g} exceeds max_norm = {self._job.max_norm:g}", Reason.NORM)
+
+    def beyond_limit(self, contributions: Sequence[Contribution]) -> dict[int, str]:
+        """Which contributions of a closed round may not enter it, by index, and why: `max_norm`, `max_norm_ratio`.
+
+        Sources are judged first, nested contributions by what the remaining sources make of them. Both are compared
+        with the median norm of the sources. Raises `RefusedError` as `apply`.
+        """
+        if not self._job.max_norm and not (self._job.max_norm_ratio and len(contributions) > 1):
+            return {}
+        senders = [self._sender(contribution) for contribution in contributions]
+        sources = [sender for sender in senders if sender.role is Role.SOURCE]
+        nested = [sender for sender in senders if sender.role is Role.NESTED]
+        found = self._norms(sources, alone=True)
+        limit, name = self._job.max_norm or math.inf, "max_norm"
+        if self._job.max_norm_ratio and sources:
+            median = statistics.median(found)
+            if self._job.max_norm_ratio * median < limit:
+                limit, name = self._job.max_norm_ratio * median, f"max_norm_ratio times the median of {median:.4g}"
+        sound = [sender for sender, norm in zip(sources, found, strict=True) if norm <= limit]
+        if nested and (sources == sound or can_decode([*sound, *nested], self._job.aggregation)):
+            found += self._norms([*sound, *nested])[len(sound) :]
+        else:
+            nested = []  # too few sources are left to decode them with, and `apply` will say so
+        return {
+            sender.address.sender: f"norm {norm:.4g} exceeds {name} = {limit:.4g}"
+            for sender, norm in zip([*sources, *nested], found, strict=True)
+            if not norm <= limit
+        }
+
+    def _norms(self, senders: Sequence[Sender], *, alone: bool = False) -> list[float]:
+        rule = AggregationConfig() if alone else self._job.aggregation
+        return norms(senders, self._model.layout.coordinates, rule, self._pool)
 
     def apply(self, contributions: Sequence[Contribution]) -> UpdateReport:
         """Make the model's next version of contributions in the order of their index.
 
-        The update is the mean, weighted by samples. Raises `RefusedError` when they cannot be decoded
-        (`no_side_information`), or their mean is not finite (`non_finite`), `EncodingError` when the model has become
-        infinite, NaN, or too large to be encoded.
+        The update is made by the job's aggregation rule. Raises `RefusedError` when they cannot be decoded
+        (`no_side_information`), are too few for the rule (`quorum`), or their update is not finite (`non_finite`),
+        `EncodingError` when the model has become infinite, NaN, or too large to be encoded.
         """
         began = time.perf_counter()
         senders = [self._sender(contribution) for contribution in contributions]
-        report = weighted_mean(senders, self._update, running_side=self._running_side, pool=self._pool)
+        rule = self._job.aggregation
+        report, chosen = aggregate(senders, self._update, rule, running_side=self._running_side, pool=self._pool)
         if largest_bits(self._update.numpy().view(np.int32), 0, len(self._update)) >= INFINITY_BITS:
-            raise RefusedError(Reason.NON_FINITE, "the mean of the contributions is not finite")
+            raise RefusedError(Reason.NON_FINITE, "the update of the contributions is not finite")
         decode_seconds = time.perf_counter() - began
         learning_rate = self.optimizer.learning_rate
         self.optimizer.apply(self._update)
         step = self._broadcast.step(self._update)
         weights = [float(contribution.announcement.samples) for contribution in contributions]
-        self._model.advance(mean_buffers(self._model.layout, [c.buffers for c in contributions], weights))
+        buffers = [contribution.buffers for contribution in contributions]
+        self._model.advance(merged_buffers(self._model.layout, buffers, weights, rule, chosen))
         return UpdateReport(report, decode_seconds, learning_rate, step)
 
     def _sender(self, contribution: Contribution) -> Sender:

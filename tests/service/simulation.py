@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -13,7 +13,7 @@ from ditherps.dither import Address, Domain
 from ditherps.downlink import downlink_codec
 from ditherps.feedback import ErrorFeedback
 from ditherps.tasks import Task
-from ditherps_server.aggregate import Sender, mean_buffers, weighted_mean
+from ditherps_server.aggregate import Sender, aggregate, merged_buffers
 from ditherps_server.broadcast import Broadcast
 from ditherps_server.model import ServerModel
 from ditherps_server.optimizer import ServerOptimizer
@@ -22,9 +22,20 @@ from ditherps_worker.compute import Computer
 
 
 def simulated(job: JobConfig, task: Task, members: Sequence[Collection[int]] = ()) -> str:
-    """The SHA-256 of the job's model. Set torch as a worker does (`make_deterministic`) before.
+    """The SHA-256 of the job's model, as `simulated_model`."""
+    return simulated_model(job, task, members).sha256
+
+
+def simulated_model(
+    job: JobConfig,
+    task: Task,
+    members: Sequence[Collection[int]] = (),
+    tamper: Callable[[int, torch.Tensor], torch.Tensor] = lambda _, vector: vector,
+) -> ServerModel:
+    """The job's model. Set torch as a worker does (`make_deterministic`) before.
 
     `members`: the workers whose contributions entered, round by round; default all of them in each.
+    `tamper(index, vector)`: what a worker encodes in place of its update.
     """
     model = ServerModel(task.build(job.model or None, job.seed))
     codec = ditherps.codec(job.codec, **job.codec_options).for_layout(model.layout)
@@ -47,14 +58,15 @@ def simulated(job: JobConfig, task: Task, members: Sequence[Collection[int]] = (
             mine = computer.update(round_)
             address = Address(job.seed, round_, index, Domain.UPDATE)
             used = codec.for_role(roles[index])
-            encoded = (feedback[index] if feedback else used).encode(mine.vector, address)
+            encoded = (feedback[index] if feedback else used).encode(tamper(index, mine.vector), address)
             senders.append(Sender(roles[index], used, encoded, address, float(mine.samples)))
             buffers.append(memoryview(mine.buffers))
             weights.append(float(mine.samples))
-        weighted_mean(senders, update, running_side=getattr(codec.options, "side", "") == "running")
+        running = getattr(codec.options, "side", "") == "running"
+        _, chosen = aggregate(senders, update, job.aggregation, running_side=running)
         for sender in senders if feedback else ():
             feedback[sender.address.sender].commit(included=True)
         optimizer.apply(update)
         broadcast.step(update)
-        model.advance(mean_buffers(model.layout, buffers, weights))
-    return model.sha256
+        model.advance(merged_buffers(model.layout, buffers, weights, job.aggregation, chosen))
+    return model

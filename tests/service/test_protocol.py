@@ -182,7 +182,7 @@ class TestPush:
     async def test_a_round_of_two(self, tmp_path: Path) -> None:
         """Both contributions enter: the next version is the mean, and everyone is told."""
         optimizer = {"name": "sgd", "lr": 1.0}
-        async with opened(tmp_path, codec="none", optimizer=optimizer) as (served, a, b, plan):
+        async with opened(tmp_path, codec="none", max_weight=24, optimizer=optimizer) as (served, a, b, plan):
             before = torch.frombuffer(bytearray(await a.pull(0)), dtype=torch.float32)
             updates = [a.update(plan, 1, "none"), b.update(plan, 2, "none")]
             assert (await a.push(a.header(plan, updates[0], samples=24), updates[0])).accepted == pb.PushAccepted()
