@@ -51,6 +51,8 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
 ]
 
 _STATUS: dict[grpc.StatusCode, tuple[Reason, ...]] = {
+    grpc.StatusCode.UNAUTHENTICATED: (Reason.UNAUTHENTICATED, Reason.TOKEN_INVALID),
+    grpc.StatusCode.PERMISSION_DENIED: (Reason.IDENTITY_MISMATCH,),
     grpc.StatusCode.INVALID_ARGUMENT: (Reason.SIZE, Reason.MALFORMED, Reason.NON_FINITE, Reason.NAME_INVALID),
     grpc.StatusCode.ABORTED: (Reason.SUPERSEDED, Reason.LATE, Reason.CONFLICTING_CONTRIBUTION),
     grpc.StatusCode.RESOURCE_EXHAUSTED: (Reason.STAGING_FULL, Reason.MEMBERS_FULL),
@@ -298,7 +300,8 @@ class Stub:
     Leave: Any
     Status: Any
 
-    def __init__(self, channel: _Channel, meter: WireMeter) -> None:
+    def __init__(self, channel: _Channel, meter: WireMeter, metadata: Sequence[tuple[str, str]] = ()) -> None:
+        """`metadata` goes with every call."""
         for method in SERVICE.methods:
             _, response = _message_types(method)
             kind = f"{_STREAM[method.client_streaming]}_{_STREAM[method.server_streaming]}"
@@ -307,15 +310,15 @@ class Stub:
                 request_serializer=_Serializer(meter.count_uplink),
                 response_deserializer=_Deserializer(response, meter.count_downlink),
             )
-            setattr(self, method.name, _counted(call, meter))
+            setattr(self, method.name, _counted(call, meter, metadata))
 
 
 _STREAM = {False: "unary", True: "stream"}
 
 
-def _counted(call: Callable[..., Any], meter: WireMeter) -> Callable[..., Any]:
+def _counted(call: Callable[..., Any], meter: WireMeter, metadata: Sequence[tuple[str, str]]) -> Callable[..., Any]:
     def counted(*args: Any, **kwargs: Any) -> Any:
         meter.count_rpc()
-        return call(*args, **kwargs)
+        return call(*args, metadata=metadata or None, **kwargs)
 
     return counted
