@@ -24,8 +24,8 @@ STATUS_SECONDS = 5.0
 def fetch_status(server: str, certs: Path | None = None, token: str = "") -> pb.StatusResponse:
     """The state of the server at `server` (HOST:PORT).
 
-    `certs`: folder of this end's certificates; None: in plaintext. Raises `UnreachableError` if it does not answer, and
-    `HandshakeError` where there is no way in.
+    `certs`: folder of this end's certificates; None: in plaintext. Raises `UnreachableError` if it does not answer,
+    `HandshakeError` or `RefusedError` where there is no way in.
     """
     metadata = ((METADATA_KEY, read_token(token)),) if token else ()
     if token and certs is None:
@@ -40,6 +40,8 @@ def fetch_status(server: str, certs: Path | None = None, token: str = "") -> pb.
             stub = wire.Stub(channel, wire.WireMeter(), metadata)
             response = stub.Status(pb.StatusRequest(), timeout=STATUS_SECONDS)
         except grpc.RpcError as error:
+            if refusal := wire.refusal_of(error):
+                raise refusal from None
             detail = error.details() if hasattr(error, "details") else error
             probe(server, files)  # says more of a handshake that fails
             raise UnreachableError(f"no ditherps server answers at {server}: {detail}") from None

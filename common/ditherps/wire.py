@@ -69,9 +69,9 @@ def status_of(reason: Reason) -> grpc.StatusCode:
 
 def refusal_of(error: grpc.RpcError) -> RefusedError | None:
     """The typed refusal that a failed RPC carries, or None if it failed for another cause."""
-    if not isinstance(error, grpc.aio.AioRpcError):
+    if not isinstance(error, (grpc.aio.AioRpcError, grpc.Call)):
         return None
-    for key, value in tuple(error.trailing_metadata()):
+    for key, value in tuple(error.trailing_metadata() or ()):
         if key == REASON_KEY:
             return RefusedError(reason_of(str(value)), error.details() or "")
     return None
