@@ -13,7 +13,7 @@ from ditherps import wire
 from ditherps.errors import UnreachableError, UserError
 from ditherps.security.credentials import Files, channel_credentials
 from ditherps.security.probe import probe
-from ditherps.security.tokens import METADATA_KEY, read_token
+from ditherps.security.tokens import read_token
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 from ditherps.view import bits
@@ -27,17 +27,16 @@ def fetch_status(server: str, certs: Path | None = None, token: str = "") -> pb.
     `certs`: folder of this end's certificates; None: in plaintext. Raises `UnreachableError` if it does not answer,
     `HandshakeError` or `RefusedError` where there is no way in.
     """
-    metadata = ((METADATA_KEY, read_token(token)),) if token else ()
     if token and certs is None:
         raise UserError("--token needs --certs: a token goes over TLS only")
-    files = Files(certs) if certs else None
+    token, files = read_token(token), Files(certs) if certs else None
     with (
         grpc.secure_channel(server, channel_credentials(files), options=wire.CHANNEL_OPTIONS)
         if files
         else grpc.insecure_channel(server, options=wire.CHANNEL_OPTIONS)
     ) as channel:
         try:
-            stub = wire.Stub(channel, wire.WireMeter(), metadata)
+            stub = wire.Stub(channel, wire.WireMeter(), token)
             response = stub.Status(pb.StatusRequest(), timeout=STATUS_SECONDS)
         except grpc.RpcError as error:
             if refusal := wire.refusal_of(error):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
+from ditherps import wire
 from ditherps.errors import Reason, RefusedError
 from ditherps.security.credentials import identity_of
-from ditherps.security.tokens import METADATA_KEY, Tokens
+from ditherps.security.tokens import Tokens
 
 
 class Call(Protocol):
@@ -29,12 +30,12 @@ class Gate:
     def identity(self, call: Call) -> str | None:
         """Who calls; raises `RefusedError` (`unauthenticated`, `token_invalid`) for a stranger."""
         if self._tokens is not None:
-            given = [value for key, value in call.invocation_metadata() or () if key == METADATA_KEY]
-            if len(given) != 1 or not isinstance(given[0], str):
+            token = token_of(call)
+            if not token:
                 raise RefusedError(
                     Reason.UNAUTHENTICATED, "the server asks for a token: say --token @FILE, or set DITHERPS_TOKEN"
                 )
-            return self._tokens.identity(given[0])
+            return self._tokens.identity(token)
         if not self._mutual:
             return None
         identity = identity_of(call.auth_context())
@@ -65,6 +66,12 @@ class Gate:
         """Raises `RefusedError` (`identity_mismatch`) unless an identity may speak for a member."""
         if identity is not None and not covers(identity, member):
             raise RefusedError(Reason.IDENTITY_MISMATCH, f"this session is {member}'s, the caller is {identity}")
+
+
+def token_of(call: Call) -> str:
+    """The token that goes with an RPC; empty: none, or more than one."""
+    given = [str(value) for key, value in call.invocation_metadata() or () if key == wire.TOKEN_KEY]
+    return given[0] if len(given) == 1 else ""
 
 
 def covers(identity: str, member: str) -> bool:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import signal
 import urllib.request
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ class Push:
 class Peer:
     """A worker's side of the wire without a worker."""
 
-    def __init__(self, address: str, certs: Path | None = None, metadata: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(self, address: str, certs: Path | None = None, token: str = "") -> None:
         self.address = address
         if certs is None:
             self.channel = grpc.aio.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
@@ -168,7 +168,7 @@ class Peer:
             credentials = channel_credentials(Files(certs))
             self.channel = grpc.aio.secure_channel(address, credentials, options=wire.CHANNEL_OPTIONS)
         self.meter = wire.WireMeter()
-        self.stub = wire.Stub(self.channel, self.meter, metadata)
+        self.stub = wire.Stub(self.channel, self.meter, token)
         self.joined = pb.JoinResponse()
 
     async def __aenter__(self) -> Peer:

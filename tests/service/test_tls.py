@@ -6,7 +6,7 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ditherps.metrics import WorkerMetrics
 from ditherps.security.certificates import Authority, read_certificate
 from ditherps.security.credentials import Files
 from ditherps.security.probe import probe
-from ditherps.security.tokens import METADATA_KEY, make_token
+from ditherps.security.tokens import make_token
 from ditherps.status import fetch_status
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
@@ -72,7 +72,7 @@ async def refusal(address: str, certs: Path | None = None, **options: Any) -> Re
     return refused.value.reason
 
 
-async def finished(served: Served, workers: list[types_pb2.JobResult]) -> None:
+async def finished(served: Served, workers: Sequence[types_pb2.JobResult]) -> None:
     """The run is over, and its model is the one that it should be."""
     run = await served.running
     expected = simulated(served.job, Tiny())
@@ -177,8 +177,8 @@ async def test_nobody_speaks_for_another(tmp_path: Path, folders: Path) -> None:
 
 async def test_a_pool_shares_one_certificate(tmp_path: Path, folders: Path) -> None:
     """Its members lease the lowest free slots under keys of their own, and no slot of others."""
-    pool, options = folders / "pools/gpu", {"members": ["worker-0", "gpu/0", "gpu/1"], "workers": 3}
-    async with serving(tmp_path, server=mutual(folders), **options) as served:
+    pool, members = folders / "pools/gpu", ["worker-0", "gpu/0", "gpu/1"]
+    async with serving(tmp_path, server=mutual(folders), members=members, workers=3) as served:
         async with Peer(served.address, pool) as first, Peer(served.address, pool) as second:
             assert (await first.join(lease_key=b"one")).index == 1
             assert (await second.join(lease_key=b"two")).index == 2
@@ -235,9 +235,13 @@ async def test_tokens(tmp_path: Path, folders: Path) -> None:
             await asyncio.to_thread(fetch_status, at, trust)
         assert (await asyncio.to_thread(fetch_status, at, trust, tokens["gpu/*"])).task == "tiny"
         async with (
-            Peer(at, trust, [(METADATA_KEY, tokens["worker-0"])]) as first,
-            Peer(at, trust, [(METADATA_KEY, tokens["worker-1"])]) as second,
+            Peer(at, trust, tokens["worker-0"]) as first,
+            Peer(at, trust, tokens["worker-1"]) as second,
         ):
+            counted = [(await first.status()).uplink_bytes for _ in range(2)]
+            header = len(wire.TOKEN_KEY) + len(tokens["worker-0"]) + wire.TOKEN_PREFIX_BYTES
+            rpc = wire.RPC_UPLINK_BYTES + wire.MESSAGE_PREFIX_BYTES + header
+            assert (counted[1] - counted[0], first.meter.traffic.uplink_bytes) == (rpc, 2 * rpc)
             await first.join()
             second.joined = first.joined
             with pytest.raises(Refused) as refused:
@@ -292,8 +296,7 @@ async def test_a_worker_takes_its_new_certificate_when_it_connects_again(tmp_pat
         config = WorkerConfig(server=served.address, certs=root / "workers/worker-0", task="tiny")
         client = Client(config, wire.WireMeter())
         try:
-            await client.join(b"key")
-            # A new authority on both ends: the old certificates are worth nothing now.
+            # A new authority on both ends, before the first connection: the old certificates are worth nothing now.
             for path in root.glob("ca.*"):
                 path.unlink()
             authority = Authority(root)

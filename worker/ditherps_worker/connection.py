@@ -16,7 +16,7 @@ from ditherps.errors import HandshakeError, Reason, UserError
 from ditherps.network import is_loopback
 from ditherps.security.credentials import Files, channel_credentials
 from ditherps.security.probe import probe
-from ditherps.security.tokens import METADATA_KEY, read_token
+from ditherps.security.tokens import read_token
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +33,9 @@ class Connection:
         """Raises `UserError` for files that cannot be used, and for a token that would travel in plaintext."""
         self._server, self._meter = config.server, meter
         self._files = Files(config.certs) if config.certs else None
-        token = read_token(config.token.get_secret_value())
-        if token and self._files is None:
+        self._token = read_token(config.token.get_secret_value())
+        if self._token and self._files is None:
             raise UserError("--token needs --certs, a folder with the server's ca.pem: a token goes over TLS only")
-        self._metadata = ((METADATA_KEY, token),) if token else ()
         self._open()
 
     def _open(self) -> None:
@@ -46,7 +45,7 @@ class Connection:
             self._stamp = self._files.stamp()
             credentials = channel_credentials(self._files)
             self.channel = grpc.aio.secure_channel(self._server, credentials, options=wire.CHANNEL_OPTIONS)
-        self.stub = wire.Stub(self.channel, self._meter, self._metadata)
+        self.stub = wire.Stub(self.channel, self._meter, self._token)
 
     async def renew(self) -> None:
         """Take certificates that are new since the channel was made; those that cannot be used leave it as it is."""

@@ -18,7 +18,6 @@ from pathlib import Path
 from ditherps.config import WORKER_NAME
 from ditherps.errors import OptionError, Reason, RefusedError, UserError
 
-METADATA_KEY = "ditherps-token"
 LARGEST_TOKEN_BYTES = 256
 _HASH = re.compile(r"[0-9a-f]{64}")
 _NOBODY = "0" * 64
