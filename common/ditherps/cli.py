@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 import typer
 
 from ditherps import __version__
-from ditherps.errors import DitherpsError, ExitCode
+from ditherps.errors import DitherpsError, ExitCode, HandshakeError, RefusedError
 
 COMMANDS = "ditherps.commands"
 """Entry-point group: each package that has commands names a `register(app)` there."""
@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else ExitCode.OK
     except DitherpsError as error:
-        print(f"error: {error}", file=sys.stderr)
+        reason = f"{error.reason}: " if isinstance(error, (HandshakeError, RefusedError)) else ""
+        print(f"error: {reason}{error}", file=sys.stderr)
         return error.exit_code
     return ExitCode.OK
 

@@ -10,6 +10,7 @@ import typer
 
 from ditherps import options
 from ditherps.bench.commands import bench
+from ditherps.security.commands import certs as certificates
 
 
 def register(app: typer.Typer) -> None:
@@ -19,6 +20,7 @@ def register(app: typer.Typer) -> None:
     app.command()(status)
     app.command()(plot)
     app.add_typer(bench, name="bench")
+    app.add_typer(certificates, name="certs")
 
 
 def local(
@@ -96,12 +98,14 @@ def compare(
 
 def status(
     server: Annotated[str, typer.Argument(help="HOST:PORT of the server.")] = "127.0.0.1:50051",
+    certs: options.Certs = None,
+    token: options.Token = None,
     json_: options.Json = False,
 ) -> None:
     """What a server does, and what it waits for."""
     from ditherps.status import fetch_status, print_status
 
-    response = fetch_status(server)
+    response = fetch_status(server, certs, token or "")
     print_status(response, as_json=json_)
 
 

@@ -12,7 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ditherps.errors import OptionError, UserError
 
@@ -188,7 +197,8 @@ class JobConfig(_Config):
     """One of the task's models; empty: its default."""
     workers: int = Field(4, ge=1, le=100_000)
     members: tuple[str, ...] = ()
-    """Names of the workers, in the order of their index; empty: worker-0, worker-1, ..."""
+    """Names of the workers, in the order of their index; empty: worker-0, worker-1, ...; POOL/* alone: POOL/0,
+    POOL/1, ..."""
     rounds: int = Field(300, ge=1, lt=2**32)
     mode: Literal["gradient", "local"] = "gradient"
     codec: str = "ndqsg"
@@ -233,9 +243,10 @@ class JobConfig(_Config):
 
     @model_validator(mode="after")
     def _members_named(self) -> JobConfig:
-        if self.members and not len(self.members) == len(set(self.members)) == self.workers:
-            raise ValueError(f"members must name each worker once: {len(self.members)} names, workers = {self.workers}")
-        for name in self.members:
+        table = self.member_table
+        if not len(table) == len(set(table)) == self.workers:
+            raise ValueError(f"members must name each worker once: {len(table)} names, workers = {self.workers}")
+        for name in table:
             if not WORKER_NAME.fullmatch(name):
                 raise ValueError(f"members: {name!r} is not a worker name; allowed: {WORKER_NAME.pattern}")
         return self
@@ -252,6 +263,8 @@ class JobConfig(_Config):
     @property
     def member_table(self) -> tuple[str, ...]:
         """Names of the workers: a worker's index is the position of its name."""
+        if len(self.members) == 1 and self.members[0].endswith("/*"):
+            return tuple(f"{self.members[0][:-1]}{index}" for index in range(self.workers))
         return self.members or tuple(f"worker-{index}" for index in range(self.workers))
 
     @property
@@ -286,6 +299,10 @@ class ServerConfig(_Config):
     too. Room for two is needed."""
     resume: bool = False
     """Go on from the checkpoint in `run_dir`, where there is one."""
+    certs: Path | None = None
+    """Folder with ca.pem, cert.pem and key.pem: workers have to show a certificate of this authority."""
+    token_file: Path | None = None
+    """Names and hashes of tokens, with `certs`: workers have to show one of these instead."""
     insecure: bool = False
     """Allow plaintext beyond this machine."""
     reflection: bool = False
@@ -307,6 +324,10 @@ class WorkerConfig(_Config):
     """0: any free port; -1: none."""
     connect_timeout_seconds: Seconds = 60.0
     max_model_bytes: int = Field(16 << 30, ge=1)
+    certs: Path | None = None
+    """Folder with ca.pem, and with cert.pem and key.pem unless the server asks for a token."""
+    token: SecretStr = SecretStr("")
+    """A token, or @FILE."""
     insecure: bool = False
 
 

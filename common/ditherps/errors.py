@@ -12,6 +12,7 @@
     ├── ContextMismatchError       both ends hold a different codec context
     ├── RefusedError               the other end said no, with a `Reason`
     ├── UnreachableError           the other end cannot be reached, or went silent
+    │   └── HandshakeError         it is there, but no connection is made, with a `Reason`
     └── RunFailedError             a run ended without its result, with a `Reason`
 
 `Reason` is the one closed list of machine-readable reasons: it travels in messages, labels metrics and stands in logs.
@@ -48,6 +49,21 @@ class Reason(enum.StrEnum):
     NAME_INVALID = "name_invalid"
     UNKNOWN_MEMBER = "unknown_member"
     MEMBERS_FULL = "members_full"
+    UNAUTHENTICATED = "unauthenticated"
+    TOKEN_INVALID = "token_invalid"
+    IDENTITY_MISMATCH = "identity_mismatch"
+    # A connection is not made; whoever calls finds out why (`ditherps.security.probe`).
+    NOTHING_LISTENS = "nothing_listens"
+    PLAINTEXT_SERVER = "plaintext_server"
+    TLS_SERVER = "tls_server"
+    WRONG_CA = "wrong_ca"
+    WRONG_HOST = "wrong_host"
+    SERVER_EXPIRED = "server_expired"
+    SERVER_NOT_YET_VALID = "server_not_yet_valid"
+    NO_CERTIFICATE = "no_certificate"
+    CERTIFICATE_EXPIRED = "certificate_expired"
+    CERTIFICATE_NOT_YET_VALID = "certificate_not_yet_valid"
+    CERTIFICATE_REFUSED = "certificate_refused"
     # A message comes from the wrong session.
     SUPERSEDED = "superseded"
     WRONG_JOB = "wrong_job"
@@ -143,6 +159,18 @@ class UnreachableError(DitherpsError):
     """The other end cannot be reached, or has been silent for too long."""
 
     exit_code = ExitCode.UNREACHABLE
+
+
+class HandshakeError(UnreachableError):
+    """No connection can be made as things are; the message says what to do about it."""
+
+    exit_code = ExitCode.REFUSED
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        self.reason = reason
+        super().__init__(message)
+        if reason is Reason.NOTHING_LISTENS:
+            self.exit_code = ExitCode.UNREACHABLE
 
 
 class RunFailedError(DitherpsError):

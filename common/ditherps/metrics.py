@@ -5,6 +5,9 @@ Base units (seconds, bytes), `_total` on counters, closed sets of label values, 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import start_http_server
 
@@ -106,6 +109,11 @@ class ServerMetrics(_Metrics):
         self.checkpoint_timestamp_seconds = self._gauge(
             "checkpoint_timestamp_seconds", "When the last checkpoint was written."
         )
+        self.certificate_expiry_timestamp_seconds = self._gauge(
+            "certificate_expiry_timestamp_seconds",
+            "When a certificate of the server ends: ca, or its own.",
+            "certificate",
+        )
         self.waiting_seconds = self._gauge(
             "waiting_seconds", "How long the server has been waiting for what it waits for."
         )
@@ -121,6 +129,21 @@ class ServerMetrics(_Metrics):
             self.rounds.labels(result)
         for reason in Reason:
             self.rejected_updates.labels(reason.value)
+
+    def watch_certificates(self, expiry: Callable[[], Mapping[str, float]]) -> None:
+        """Export when certificates end, as `expiry` says at each scrape: they may have been renewed."""
+
+        def ends(name: str) -> Callable[[], float]:
+            def at() -> float:
+                try:
+                    return expiry().get(name, math.nan)
+                except UserError:  # just being replaced
+                    return math.nan
+
+            return at
+
+        for name in expiry():
+            self.certificate_expiry_timestamp_seconds.labels(name).set_function(ends(name))
 
 
 class WorkerMetrics(_Metrics):

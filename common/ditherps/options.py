@@ -107,6 +107,22 @@ Insecure = Annotated[
     bool | None,
     _option("--insecure", env="INSECURE", text="Allow plaintext beyond this machine.", panel=RUN),
 ]
+Certs = Annotated[
+    Path | None,
+    _option(
+        "--certs", env="CERTS", text="Folder of this end's certificates, as `ditherps certs init` makes it.", panel=RUN
+    ),
+]
+TokenFile = Annotated[
+    Path | None,
+    _option("--token-file", env="TOKEN_FILE", text="Ask for tokens, whose hashes are in this file.", panel=RUN),
+]
+Token = Annotated[
+    str | None, _option("--token", env="TOKEN", text="@FILE with this worker's token, or the token.", panel=RUN)
+]
+Tls13 = Annotated[
+    bool | None, _option("--tls13", env="TLS13", text="Speak TLS 1.3 alone, no older version.", panel=RUN)
+]
 Reflection = Annotated[bool | None, _option("--reflection", env="REFLECTION", text="Serve gRPC reflection.", panel=RUN)]
 Server = Annotated[
     str | None,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import grpc
 from google.protobuf.json_format import MessageToJson
 from rich.console import Console
 from rich.table import Table
 
 from ditherps import wire
-from ditherps.errors import UnreachableError
+from ditherps.errors import UnreachableError, UserError
+from ditherps.security.credentials import Files, channel_credentials
+from ditherps.security.probe import probe
+from ditherps.security.tokens import read_token
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 from ditherps.view import bits
@@ -16,13 +21,28 @@ from ditherps.view import bits
 STATUS_SECONDS = 5.0
 
 
-def fetch_status(server: str) -> pb.StatusResponse:
-    """The state of the server at `server` (HOST:PORT); raises `UnreachableError` if it does not answer."""
-    with grpc.insecure_channel(server, options=wire.CHANNEL_OPTIONS) as channel:
+def fetch_status(server: str, certs: Path | None = None, token: str = "") -> pb.StatusResponse:
+    """The state of the server at `server` (HOST:PORT).
+
+    `certs`: folder of this end's certificates; None: in plaintext. Raises `UnreachableError` if it does not answer,
+    `HandshakeError` or `RefusedError` where there is no way in.
+    """
+    if token and certs is None:
+        raise UserError("--token needs --certs: a token goes over TLS only")
+    token, files = read_token(token), Files(certs) if certs else None
+    with (
+        grpc.secure_channel(server, channel_credentials(files), options=wire.CHANNEL_OPTIONS)
+        if files
+        else grpc.insecure_channel(server, options=wire.CHANNEL_OPTIONS)
+    ) as channel:
         try:
-            response = wire.Stub(channel, wire.WireMeter()).Status(pb.StatusRequest(), timeout=STATUS_SECONDS)
+            stub = wire.Stub(channel, wire.WireMeter(), token)
+            response = stub.Status(pb.StatusRequest(), timeout=STATUS_SECONDS)
         except grpc.RpcError as error:
+            if refusal := wire.refusal_of(error):
+                raise refusal from None
             detail = error.details() if hasattr(error, "details") else error
+            probe(server, files)  # says more of a handshake that fails
             raise UnreachableError(f"no ditherps server answers at {server}: {detail}") from None
     assert isinstance(response, pb.StatusResponse)
     return response

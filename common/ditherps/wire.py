@@ -30,6 +30,8 @@ RPC_DOWNLINK_BYTES = 90
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServerService"]
 REASON_KEY = "ditherps-reason"
+TOKEN_KEY = "ditherps-token"
+TOKEN_PREFIX_BYTES = 3  # gRPC never indexes such a header: HPACK's literal, with both lengths
 
 # A client's ping and the server's permission belong together: a server that allows fewer pings than its clients send
 # closes their connections. gRPC ignores option names that it does not know; tests/service proves that these work.
@@ -51,6 +53,8 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
 ]
 
 _STATUS: dict[grpc.StatusCode, tuple[Reason, ...]] = {
+    grpc.StatusCode.UNAUTHENTICATED: (Reason.UNAUTHENTICATED, Reason.TOKEN_INVALID),
+    grpc.StatusCode.PERMISSION_DENIED: (Reason.IDENTITY_MISMATCH,),
     grpc.StatusCode.INVALID_ARGUMENT: (
         Reason.SIZE,
         Reason.MALFORMED,
@@ -74,9 +78,9 @@ def status_of(reason: Reason) -> grpc.StatusCode:
 
 def refusal_of(error: grpc.RpcError) -> RefusedError | None:
     """The typed refusal that a failed RPC carries, or None if it failed for another cause."""
-    if not isinstance(error, grpc.aio.AioRpcError):
+    if not isinstance(error, (grpc.aio.AioRpcError, grpc.Call)):
         return None
-    for key, value in tuple(error.trailing_metadata()):
+    for key, value in tuple(error.trailing_metadata() or ()):
         if key == REASON_KEY:
             return RefusedError(reason_of(str(value)), error.details() or "")
     return None
@@ -112,11 +116,12 @@ class WireMeter:
         before = before or Traffic()
         self._uplink_bytes, self._downlink_bytes, self._rpcs = before.uplink_bytes, before.downlink_bytes, before.rpcs
 
-    def count_rpc(self) -> None:
-        """One more RPC, with the stated constant for its headers."""
+    def count_rpc(self, token: str = "") -> None:
+        """One more RPC, with the stated constant for its headers, and the token where one goes with it."""
+        header = len(TOKEN_KEY) + len(token) + TOKEN_PREFIX_BYTES if token else 0
         with self._lock:
             self._rpcs += 1
-            self._uplink_bytes += RPC_UPLINK_BYTES
+            self._uplink_bytes += RPC_UPLINK_BYTES + header
             self._downlink_bytes += RPC_DOWNLINK_BYTES
 
     def count_uplink(self, message_bytes: int) -> None:
@@ -305,7 +310,8 @@ class Stub:
     Leave: Any
     Status: Any
 
-    def __init__(self, channel: _Channel, meter: WireMeter) -> None:
+    def __init__(self, channel: _Channel, meter: WireMeter, token: str = "") -> None:
+        """`token`, if any, goes with every call."""
         for method in SERVICE.methods:
             _, response = _message_types(method)
             kind = f"{_STREAM[method.client_streaming]}_{_STREAM[method.server_streaming]}"
@@ -314,15 +320,17 @@ class Stub:
                 request_serializer=_Serializer(meter.count_uplink),
                 response_deserializer=_Deserializer(response, meter.count_downlink),
             )
-            setattr(self, method.name, _counted(call, meter))
+            setattr(self, method.name, _counted(call, meter, token))
 
 
 _STREAM = {False: "unary", True: "stream"}
 
 
-def _counted(call: Callable[..., Any], meter: WireMeter) -> Callable[..., Any]:
+def _counted(call: Callable[..., Any], meter: WireMeter, token: str) -> Callable[..., Any]:
+    metadata = ((TOKEN_KEY, token),) if token else None
+
     def counted(*args: Any, **kwargs: Any) -> Any:
-        meter.count_rpc()
-        return call(*args, **kwargs)
+        meter.count_rpc(token)
+        return call(*args, metadata=metadata, **kwargs)
 
     return counted

@@ -27,11 +27,14 @@ from ditherps.errors import OptionError, Reason, RunFailedError, UserError
 from ditherps.kernels import robust
 from ditherps.metrics import ServerMetrics
 from ditherps.network import is_loopback
+from ditherps.security.credentials import Files, ServerFiles
+from ditherps.security.tokens import Tokens
 from ditherps.tasks import Task
 from ditherps_server.accounts import Accounts, traffic_of
 from ditherps_server.broadcast import Broadcast
 from ditherps_server.coordinator import Coordinator
 from ditherps_server.evaluation import Evaluator
+from ditherps_server.gate import Gate
 from ditherps_server.interceptor import ErrorInterceptor
 from ditherps_server.members import Members
 from ditherps_server.model import ServerModel
@@ -55,6 +58,12 @@ async def serve(
     `on_round` gets each record of `rounds.jsonl`. Raises `UserError` for what a person has to change before anything
     starts, and `RunFailedError` when the run ends without its result (what there is of it is written all the same).
     """
+    tokens = Tokens.read(config.token_file) if config.token_file else None
+    files = ServerFiles(Files(config.certs), mutual=tokens is None) if config.certs else None
+    if tokens is not None and files is None:
+        raise UserError("--token-file needs --certs: a token goes over TLS only")
+    if files is not None and config.insecure:
+        raise UserError("--insecure and --certs exclude each other")
     model = ServerModel(task.build(job.model or None, job.seed))
     codec = ditherps.codec(job.codec, **job.codec_options).for_layout(model.layout)
     down = downlink_codec(job.downlink, codec)
@@ -93,13 +102,16 @@ async def serve(
     server = grpc.aio.server(options=wire.SERVER_OPTIONS, interceptors=[interceptor])
     # A worker that is busy must not look silent.
     heartbeat_seconds = min(config.heartbeat_seconds, job.idle_timeout_seconds / 3)
-    service = ParameterServerService(coordinator, origin.job_id, heartbeat_seconds)
+    gate = Gate(mutual=files is not None and tokens is None, tokens=tokens)
+    service = ParameterServerService(coordinator, gate, origin.job_id, heartbeat_seconds)
     server.add_generic_rpc_handlers((wire.service_handler(service, meter),))
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     if config.reflection:
         _add_reflection(server)
-    port = _bind(server, config)
+    port = _bind(server, config, files)
+    if files is not None:
+        metrics.watch_certificates(files.files.expiry)
     saver.begin()
     recorder.start(job, model.version)
     await server.start()
@@ -168,13 +180,17 @@ def _check_staging(job: JobConfig, codec: Codec, updater: Updater) -> None:
         )  # fmt: skip
 
 
-def _bind(server: grpc.aio.Server, config: ServerConfig) -> int:
-    if not config.insecure and not is_loopback(config.host):
-        raise UserError(f"--host {config.host} would serve plaintext beyond this machine; say --insecure to allow it")
-    if not is_loopback(config.host):
+def _bind(server: grpc.aio.Server, config: ServerConfig, files: ServerFiles | None) -> int:
+    if files is None and not config.insecure and not is_loopback(config.host):
+        raise UserError(
+            f"--host {config.host} would serve plaintext beyond this machine: make certificates with `ditherps certs "
+            f"init --host {config.host}` and say --certs certs/server, or say --insecure to allow it"
+        )
+    if files is None and not is_loopback(config.host):
         log.warning("INSECURE: plaintext and without authentication on %s:%d", config.host, config.port)
     try:
-        return server.add_insecure_port(f"{config.host}:{config.port}")
+        address = f"{config.host}:{config.port}"
+        return server.add_secure_port(address, files.credentials()) if files else server.add_insecure_port(address)
     except RuntimeError:
         raise UserError(
             f"cannot listen on {config.host}:{config.port}: is the port taken? choose another --port"

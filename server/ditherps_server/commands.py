@@ -36,12 +36,19 @@ def server(
     init: options.Init = None,
     resume: options.Resume = None,
     checkpoint_every: options.CheckpointEvery = None,
+    certs: options.Certs = None,
+    token_file: options.TokenFile = None,
+    tls13: options.Tls13 = None,
     insecure: options.Insecure = None,
     reflection: options.Reflection = None,
     json_: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Serve one job: wait for its workers, train, and leave the model in the run folder."""
+    from ditherps.security.versions import only_tls13
+
+    if tls13:
+        only_tls13()
     from ditherps.cli import log_to_stderr
     from ditherps.config import ServerConfig, merged, validated
     from ditherps.job import resolve_job
@@ -51,7 +58,7 @@ def server(
     given: dict[str, Any] = {
         "run_dir": run_dir, "data_dir": data_dir, "host": host, "port": port, "metrics_host": metrics_host,
         "metrics_port": metrics_port, "init": init, "resume": resume, "checkpoint_every": checkpoint_every,
-        "insecure": insecure, "reflection": reflection,
+        "certs": certs, "token_file": token_file, "insecure": insecure, "reflection": reflection,
     }  # fmt: skip
     defaults = {"run_dir": options.default_run_dir(job.config.task, job.config.codec)}
     flags = {key: value for key, value in given.items() if value is not None}

@@ -12,6 +12,7 @@ import grpc
 
 from ditherps import wire
 from ditherps.errors import DitherpsError, PayloadError, Reason, RefusedError
+from ditherps_server.gate import token_of
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -52,7 +53,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     def _unary(self, inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            self._meter.count_rpc()
+            self._meter.count_rpc(token_of(context))
             try:
                 return await inner(wire.checked(request), context)
             except Exception as error:
@@ -62,7 +63,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
     def _stream(self, inner: Callable[..., AsyncGenerator[Any]]) -> Callable[..., Awaitable[None]]:
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-            self._meter.count_rpc()
+            self._meter.count_rpc(token_of(context))
             try:
                 async with aclosing(inner(wire.checked(request), context)) as responses:
                     async for response in responses:

@@ -42,13 +42,15 @@ class Members:
     def join(self, name: str, lease_key: bytes, *, occupied: frozenset[int]) -> Session:
         """A new session for `name`, which ends the one before; `occupied` are the indices that are present.
 
+        `POOL/*` is any member of a pool, and an empty name any member: they lease the lowest free one.
         Raises `RefusedError`: `unknown_member` for a name that is not in the table, `members_full` when none is free.
         """
         if len(lease_key) > LARGEST_LEASE_KEY_BYTES:
             raise RefusedError(Reason.SIZE, f"a lease key of {len(lease_key)} bytes; at most {LARGEST_LEASE_KEY_BYTES}")
-        if name and not WORKER_NAME.fullmatch(name):
+        if name and not WORKER_NAME.fullmatch(name.removesuffix("/*")):
             raise RefusedError(Reason.NAME_INVALID, f"{name!r} is not a worker name; allowed: {WORKER_NAME.pattern}")
-        index = self._lease(lease_key, occupied) if not name else self._index.get(name, -1)
+        leased = not name or name.endswith("/*")
+        index = self._lease(name.removesuffix("*"), lease_key, occupied) if leased else self._index.get(name, -1)
         if index < 0:
             shown = ", ".join(self.names[:4]) + (", ..." if len(self.names) > 4 else "")
             raise RefusedError(Reason.UNKNOWN_MEMBER, f"{name!r} is not a member of this job; members: {shown}")
@@ -57,14 +59,19 @@ class Members:
         session = self._sessions[index] = Session(index, self._count)
         return session
 
-    def _lease(self, lease_key: bytes, occupied: frozenset[int]) -> int:
-        for index, known in self.leases.items():
-            if lease_key and known == lease_key:
+    def _lease(self, prefix: str, lease_key: bytes, occupied: frozenset[int]) -> int:
+        """The member that has this key, else the lowest free one, of those whose name begins so; -1: there is none."""
+        slots = [index for index, name in enumerate(self.names) if name.startswith(prefix)]
+        for index in slots:
+            if lease_key and self.leases.get(index) == lease_key:
                 return index
-        for index in range(len(self.names)):
+        for index in slots:
             if index not in occupied:
                 return index
-        raise RefusedError(Reason.MEMBERS_FULL, f"all {len(self.names)} members of this job are here")
+        if not slots:
+            return -1
+        of = f"of {prefix}* " if prefix else ""
+        raise RefusedError(Reason.MEMBERS_FULL, f"all {len(slots)} members {of}of this job are here")
 
     def fence(self, session: Session) -> types_pb2.Fence:
         """What stands in every message of this session."""

@@ -14,8 +14,10 @@ import grpc
 from ditherps import __version__, wire
 from ditherps.errors import PayloadError, Reason, RefusedError
 from ditherps.v1 import parameter_server_pb2 as pb
+from ditherps.v1 import types_pb2
 from ditherps_server.coordinator import Coordinator
 from ditherps_server.evaluation import Evaluation
+from ditherps_server.gate import Gate
 from ditherps_server.staging import Contribution
 
 log = logging.getLogger(__name__)
@@ -26,18 +28,25 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ParameterServerService:
     """Methods as `proto/ditherps/v1/parameter_server.proto` documents them."""
 
-    def __init__(self, coordinator: Coordinator, job_id: str, heartbeat_seconds: float) -> None:
-        self._coordinator = coordinator
+    def __init__(self, coordinator: Coordinator, gate: Gate, job_id: str, heartbeat_seconds: float) -> None:
+        self._coordinator, self._gate = coordinator, gate
         self._job_id = job_id
         self._heartbeat_seconds = heartbeat_seconds
         self._started = time.monotonic()
 
-    async def Join(self, request: pb.JoinRequest, _: Context) -> pb.JoinResponse:  # noqa: N802
+    def _seen(self, fence: types_pb2.Fence, context: Context) -> int:
+        """The index of the worker that a message comes from; raises `RefusedError` unless it is the worker's own."""
+        members, identity = self._coordinator.members, self._gate.identity(context)
+        self._gate.check(identity, members.names[members.check(fence).index])
+        return self._coordinator.seen(fence)
+
+    async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:  # noqa: N802
         """Check the rules of compatibility, then let the worker in."""
         coordinator, job = self._coordinator, self._coordinator.job
         codecs = {job.codec, coordinator.broadcast.codec_name}
+        name = self._gate.name(context, request.worker)
         check_join(request, job.task, job.mode, codecs, 4 * coordinator.model.layout.coordinates)
-        session = coordinator.join(request.worker, request.lease_key)
+        session = coordinator.join(name, request.lease_key)
         layout = coordinator.model.layout
         return pb.JoinResponse(
             fence=coordinator.members.fence(session),
@@ -52,9 +61,9 @@ class ParameterServerService:
             initial_digest=coordinator.saver.initial_digest,
         )
 
-    async def Watch(self, request: pb.WatchRequest, _: Context) -> AsyncIterator[pb.WatchResponse]:  # noqa: N802
+    async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:  # noqa: N802
         """The present state, then its changes."""
-        index = self._coordinator.seen(request.fence)
+        index = self._seen(request.fence, context)
         stream = self._coordinator.watch(index)
         try:
             async for response in stream:
@@ -62,21 +71,21 @@ class ParameterServerService:
         finally:
             self._coordinator.unwatch(index, stream)
 
-    async def Pull(self, request: pb.PullRequest, _: Context) -> AsyncIterator[bytes]:  # noqa: N802
+    async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[bytes]:  # noqa: N802
         """What brings the worker to the present model."""
-        index = self._coordinator.seen(request.fence)
+        index = self._seen(request.fence, context)
         held = request.from_version if request.HasField("from_version") else None
         answer = self._coordinator.pull(index, held, request.to_version, request.held_digest)
         for message in answer.messages:
             yield message
         self._coordinator.pulled(answer)
 
-    async def Push(self, requests: AsyncIterator[Any], _: Context) -> AsyncIterator[pb.PushResponse]:  # noqa: N802
+    async def Push(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[pb.PushResponse]:  # noqa: N802
         """Take one contribution."""
         first = wire.checked(await self._next(requests))
         if not isinstance(first, pb.PushRequest) or not first.HasField("header"):
             raise PayloadError("a push begins with its header")
-        index = self._coordinator.seen(first.header.fence)
+        index = self._seen(first.header.fence, context)
         try:
             contribution = self._coordinator.admit(index, first.header)
             if contribution.whole:
@@ -112,27 +121,28 @@ class ParameterServerService:
         except TimeoutError:
             raise RefusedError(Reason.IDLE_TIMEOUT, f"nothing came for {limit:g} s") from None
 
-    async def Report(self, request: pb.ReportRequest, _: Context) -> pb.ReportResponse:  # noqa: N802
+    async def Report(self, request: pb.ReportRequest, context: Context) -> pb.ReportResponse:  # noqa: N802
         """Take an evaluation."""
-        index = self._coordinator.seen(request.fence)
+        index = self._seen(request.fence, context)
         if request.HasField("evaluation"):
             e = request.evaluation
             self._coordinator.evaluated(index, Evaluation(e.version, e.loss, e.accuracy, e.samples, e.seconds))
         return pb.ReportResponse()
 
-    async def Heartbeat(self, request: pb.HeartbeatRequest, _: Context) -> pb.HeartbeatResponse:  # noqa: N802
+    async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatResponse:  # noqa: N802
         """Note a sign of life."""
-        self._coordinator.seen(request.fence)
+        self._seen(request.fence, context)
         return pb.HeartbeatResponse()
 
-    async def Leave(self, request: pb.LeaveRequest, _: Context) -> pb.LeaveResponse:  # noqa: N802
+    async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:  # noqa: N802
         """Note that a worker goes."""
         reason = wire.reason_of(request.reason) if request.reason else Reason.LEFT
-        self._coordinator.leave(self._coordinator.seen(request.fence), reason)
+        self._coordinator.leave(self._seen(request.fence, context), reason)
         return pb.LeaveResponse()
 
-    async def Status(self, _: pb.StatusRequest, __: Context) -> pb.StatusResponse:  # noqa: N802
+    async def Status(self, _: pb.StatusRequest, context: Context) -> pb.StatusResponse:  # noqa: N802
         """What the server does and waits for."""
+        self._gate.identity(context)
         response = self._coordinator.status()
         response.job_id = self._job_id
         response.uptime_seconds = time.monotonic() - self._started

@@ -21,6 +21,7 @@ from ditherps.codecs import codec_names
 from ditherps.config import JobConfig, ServerConfig
 from ditherps.dither import Address, Domain
 from ditherps.errors import Reason, RunFailedError
+from ditherps.security.credentials import Files, channel_credentials
 from ditherps.tasks import Task
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
@@ -159,11 +160,15 @@ class Push:
 class Peer:
     """A worker's side of the wire without a worker."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, certs: Path | None = None, token: str = "") -> None:
         self.address = address
-        self.channel = grpc.aio.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
+        if certs is None:
+            self.channel = grpc.aio.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
+        else:
+            credentials = channel_credentials(Files(certs))
+            self.channel = grpc.aio.secure_channel(address, credentials, options=wire.CHANNEL_OPTIONS)
         self.meter = wire.WireMeter()
-        self.stub = wire.Stub(self.channel, self.meter)
+        self.stub = wire.Stub(self.channel, self.meter, token)
         self.joined = pb.JoinResponse()
 
     async def __aenter__(self) -> Peer:

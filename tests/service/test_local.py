@@ -325,7 +325,7 @@ def test_a_worker_that_is_killed_is_named_and_the_run_goes_on(tmp_path: Path) ->
         cluster.worker("eve")
         code, output, error = cluster.finish("eve")
         assert (code, output) == (ExitCode.REFUSED, "")
-        assert error == "error: 'eve' is not a member of this job; members: worker-0, worker-1\n"
+        assert error == "error: unknown_member: 'eve' is not a member of this job; members: worker-0, worker-1\n"
         for name in ("worker-0", "worker-1"):
             cluster.worker(name)
         wait_until(lambda: len(read_records_so_far(tmp_path)) >= 2, what="two rounds")

@@ -17,13 +17,13 @@ import torch
 import ditherps
 from ditherps import wire
 from ditherps.config import JobConfig, WorkerConfig
-from ditherps.errors import ExitCode, OptionError, Reason, RefusedError, UnreachableError, UserError
+from ditherps.errors import ExitCode, OptionError, Reason, RefusedError, UnreachableError
 from ditherps.memory import keep_freed_memory
 from ditherps.metrics import DOWN, UP, WorkerMetrics
-from ditherps.network import is_loopback
 from ditherps.tasks import load_task, task_names
 from ditherps_worker.client import Client
 from ditherps_worker.compute import Computer, make_deterministic
+from ditherps_worker.connection import check_plaintext
 from ditherps_worker.loop import Loop
 
 log = logging.getLogger(__name__)
@@ -64,11 +64,7 @@ def announced(path: Path, limit_seconds: float) -> str:
 
 
 async def _work(config: WorkerConfig, device: torch.device) -> ExitCode:
-    host = config.server.rpartition(":")[0].strip("[]")
-    if not is_loopback(host):
-        if not config.insecure:
-            raise UserError(f"--server {config.server} would be reached in plaintext; say --insecure to allow it")
-        log.warning("INSECURE: plaintext and without authentication to %s", config.server)
+    check_plaintext(config)
     meter, metrics = wire.WireMeter(), WorkerMetrics(ditherps.__version__)
     if config.metrics_port >= 0:
         port = metrics.serve(config.metrics_host, config.metrics_port)

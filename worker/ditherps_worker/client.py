@@ -16,6 +16,7 @@ from ditherps.config import WorkerConfig
 from ditherps.errors import PayloadError, Reason, RefusedError, UnreachableError
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
+from ditherps_worker.connection import Connection
 
 CALL_SECONDS = 30.0
 MODES = ("gradient", "local")
@@ -39,9 +40,12 @@ class Client:
 
     def __init__(self, config: WorkerConfig, meter: wire.WireMeter) -> None:
         self._config = config
-        self._channel = grpc.aio.insecure_channel(config.server, options=wire.CHANNEL_OPTIONS)
-        self._stub = wire.Stub(self._channel, meter)
+        self._connection = Connection(config, meter)
         self._joined = pb.JoinResponse()
+
+    @property
+    def _stub(self) -> wire.Stub:
+        return self._connection.stub
 
     @property
     def fence(self) -> types_pb2.Fence:
@@ -50,10 +54,14 @@ class Client:
 
     async def close(self) -> None:
         """Close the channel."""
-        await self._channel.close()
+        await self._connection.close()
 
     async def join(self, lease_key: bytes) -> pb.JoinResponse:
-        """Join; waits for a server that is not there yet, at most `connect_timeout_seconds`."""
+        """Join; waits for a server that is not there yet, at most `connect_timeout_seconds`.
+
+        Raises `HandshakeError` as soon as it is certain that no connection will come about.
+        """
+        await self._connection.renew()
         request = pb.JoinRequest(
             protocol_version=wire.PROTOCOL_VERSION,
             package_version=__version__,
@@ -65,7 +73,8 @@ class Client:
             ),
         )
         limit = self._config.connect_timeout_seconds
-        self._joined = await self._call(self._stub.Join(request, timeout=limit, wait_for_ready=True))
+        joining = self._call(self._stub.Join(request, timeout=limit, wait_for_ready=True))
+        self._joined = await self._connection.explained(joining)
         return self._joined
 
     async def watch(self) -> AsyncIterator[pb.WatchResponse]:

@@ -23,17 +23,25 @@ def worker(
     data_dir: options.DataDir = None,
     metrics_host: options.MetricsHost = None,
     metrics_port: options.MetricsPort = None,
+    certs: options.Certs = None,
+    token: options.Token = None,
+    tls13: options.Tls13 = None,
     insecure: options.Insecure = None,
     verbose: options.Verbose = False,
 ) -> None:
     """Take part in a job: pull the model, compute on local data, push quantized updates."""
+    from ditherps.security.versions import only_tls13
+
+    if tls13:
+        only_tls13()
     from ditherps.cli import log_to_stderr
     from ditherps.config import WorkerConfig, merged, read_job_file, validated
 
     file = read_job_file(config) if config is not None else {}
     given: dict[str, Any] = {
         "server": server, "name": name, "task": task if task is not None else file.get("task"), "device": device,
-        "data_dir": data_dir, "metrics_host": metrics_host, "metrics_port": metrics_port, "insecure": insecure,
+        "data_dir": data_dir, "metrics_host": metrics_host, "metrics_port": metrics_port, "certs": certs,
+        "token": token, "insecure": insecure,
     }  # fmt: skip
     flags = {key: value for key, value in given.items() if value is not None}
     settings = validated(WorkerConfig, merged(file.get("worker", {}), flags))

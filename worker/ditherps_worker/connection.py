@@ -1,0 +1,124 @@
+"""How a worker reaches its server: plaintext or TLS, a token with every call, and why it does not get through."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+import grpc
+
+from ditherps import wire
+from ditherps.config import WorkerConfig
+from ditherps.errors import HandshakeError, Reason, UserError
+from ditherps.network import is_loopback
+from ditherps.security.credentials import Files, channel_credentials
+from ditherps.security.probe import probe
+from ditherps.security.tokens import read_token
+
+log = logging.getLogger(__name__)
+
+CONFIRM_SECONDS = 1.0
+"""Between two looks at a server that lets nobody in: it may just be starting."""
+
+Answer = TypeVar("Answer")
+
+
+class Connection:
+    """One channel, made anew when the certificates of this end have been replaced."""
+
+    def __init__(self, config: WorkerConfig, meter: wire.WireMeter) -> None:
+        """Raises `UserError` for files that cannot be used, and for a token that would travel in plaintext."""
+        self._server, self._meter = config.server, meter
+        self._files = Files(config.certs) if config.certs else None
+        self._token = read_token(config.token.get_secret_value())
+        if self._token and self._files is None:
+            raise UserError("--token needs --certs, a folder with the server's ca.pem: a token goes over TLS only")
+        self._open()
+
+    def _open(self) -> None:
+        if self._files is None:
+            self.channel = grpc.aio.insecure_channel(self._server, options=wire.CHANNEL_OPTIONS)
+        else:
+            self._stamp = self._files.stamp()
+            credentials = channel_credentials(self._files)
+            self.channel = grpc.aio.secure_channel(self._server, credentials, options=wire.CHANNEL_OPTIONS)
+        self.stub = wire.Stub(self.channel, self._meter, self._token)
+
+    async def renew(self) -> None:
+        """Take certificates that are new since the channel was made; those that cannot be used leave it as it is."""
+        if self._files is None or self._files.stamp() == self._stamp:
+            return
+        old = self.channel
+        try:
+            self._open()
+        except (OSError, UserError) as error:
+            log.warning("certificates changed, but cannot be used; the old ones stay: %s", error)
+            return
+        log.info("certificates read again from %s", self._files.folder)
+        await old.close()
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self.channel.close()
+
+    async def explained(self, call: Awaitable[Answer]) -> Answer:
+        """What a call answers that waits for the connection; raises `HandshakeError` when there will be none."""
+        answering = asyncio.ensure_future(call)
+        explaining = asyncio.create_task(self._explain())
+        try:
+            await asyncio.wait([answering, explaining], return_when=asyncio.FIRST_COMPLETED)
+            if explaining.done() and not answering.done():
+                explaining.result()
+            return await answering
+        finally:
+            for task in (answering, explaining):
+                task.cancel()
+            await asyncio.gather(answering, explaining, return_exceptions=True)
+
+    async def _explain(self) -> None:
+        """Raises `HandshakeError` once a connection has failed for a reason that stays; silent about other failures."""
+        found: Reason | None = None
+        while True:
+            await self._failed(again=found is not None)
+            try:
+                await asyncio.to_thread(probe, self._server, self._files)
+                found = None
+            except HandshakeError as error:
+                if error.reason is found is not Reason.NOTHING_LISTENS:
+                    raise
+                found = error.reason
+                log.debug("no connection: %s: %s", error.reason, error)
+            except UserError as error:  # files that are just being replaced
+                log.debug("no connection: %s", error)
+
+    async def _failed(self, *, again: bool) -> None:
+        """Returns when the channel has failed to connect; with `again` soon after, if it has not got through."""
+        state: Any = self.channel.get_state(try_to_connect=True)
+        if again:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CONFIRM_SECONDS):
+                    while state is not grpc.ChannelConnectivity.READY:
+                        await self.channel.wait_for_state_change(state)
+                        state = self.channel.get_state()
+        while state is not grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+            await self.channel.wait_for_state_change(state)
+            state = self.channel.get_state()
+
+
+def check_plaintext(config: WorkerConfig) -> None:
+    """Say loudly that a worker speaks plaintext beyond this machine; raises `UserError` unless that was asked for."""
+    if config.certs is not None:
+        if config.insecure:
+            raise UserError("--insecure and --certs exclude each other")
+        return
+    if is_loopback(config.server.rpartition(":")[0].strip("[]")):
+        return
+    if not config.insecure:
+        raise UserError(
+            f"--server {config.server} would be reached in plaintext: say --certs DIR, the folder that `ditherps certs "
+            "init` made for this worker, or say --insecure to allow it"
+        )
+    log.warning("INSECURE: plaintext and without authentication to %s", config.server)
