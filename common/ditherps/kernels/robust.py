@@ -10,7 +10,7 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
-from ditherps.kernels.cpu import SQUARE_LANES
+from ditherps.kernels.cpu import SQUARE_LANES, sum_of_squares
 from ditherps.kernels.jit import Int, inlined, kernel
 from ditherps.kernels.philox import TILE
 
@@ -126,12 +126,7 @@ def squared_norms(block: NDArray[np.float32], out: NDArray[np.float64]) -> None:
     for tile in range(out.shape[0]):
         lo, hi = tile * TILE, min((tile + 1) * TILE, block.shape[1])
         for i in range(block.shape[0]):
-            sums[:] = 0.0
-            for at in range(lo, hi, SQUARE_LANES):
-                row = block[i, at : min(at + SQUARE_LANES, hi)]
-                for lane in range(row.size):
-                    sums[lane] += np.float64(row[lane]) * np.float64(row[lane])
-            out[tile, i] = _added(sums)
+            out[tile, i] = sum_of_squares(block[i], lo, hi, sums)
 
 
 def warm() -> None:
