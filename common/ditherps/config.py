@@ -298,7 +298,10 @@ class ServerConfig(_Config):
     """Rounds between two checkpoints; 0: about 20 in a run, at least 10 rounds apart. One is written on an interrupt
     too. Room for two is needed."""
     resume: bool = False
-    """Go on from the checkpoint in `run_dir`, where there is one."""
+    """Go on from the checkpoint and the redo log in `run_dir`, where there is one."""
+    durability: Literal["round", "none"] = "round"
+    """round: a contribution is acknowledged, and a round closed, when it is on disk: a server that is killed loses
+    nothing that it had acknowledged. none: it loses the rounds since its checkpoint."""
     certs: Path | None = None
     """Folder with ca.pem, cert.pem and key.pem: workers have to show a certificate of this authority."""
     token_file: Path | None = None

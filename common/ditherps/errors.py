@@ -83,6 +83,7 @@ class Reason(enum.StrEnum):
     NORM = "norm"
     WEIGHT = "weight"
     STAGING_FULL = "staging_full"
+    DISK_FULL = "disk_full"
     # A round or a run ends.
     DEADLINE = "deadline"
     QUORUM = "quorum"

@@ -106,6 +106,7 @@ class ServerMetrics(_Metrics):
         self.staged_bytes = self._gauge("staged_bytes", "Bytes of contributions that are held now.")
         self.checkpoint_seconds = self._gauge("checkpoint_seconds", "How long writing the last checkpoint took.")
         self.checkpoint_failures = self._counter("checkpoint_failures", "Checkpoints that could not be written.")
+        self.redo_failures = self._counter("redo_failures", "Records of the redo log that found no room on the disk.")
         self.checkpoint_timestamp_seconds = self._gauge(
             "checkpoint_timestamp_seconds", "When the last checkpoint was written."
         )

@@ -102,6 +102,14 @@ CheckpointEvery = Annotated[
         text="Rounds between two checkpoints (default: about 20 in a run).", panel=RUN,
     ),
 ]  # fmt: skip
+Durability = Annotated[
+    str | None,
+    _option(
+        "--durability", env="DURABILITY",
+        text="round: a killed server loses nothing that it acknowledged; none: the rounds since its checkpoint.",
+        panel=RUN,
+    ),
+]  # fmt: skip
 Init = Annotated[Path | None, _option("--init", env="INIT", text="First parameters, as safetensors.", panel=RUN)]
 Insecure = Annotated[
     bool | None,

@@ -64,7 +64,7 @@ _STATUS: dict[grpc.StatusCode, tuple[Reason, ...]] = {
         Reason.NAME_INVALID,
     ),
     grpc.StatusCode.ABORTED: (Reason.SUPERSEDED, Reason.LATE, Reason.CONFLICTING_CONTRIBUTION),
-    grpc.StatusCode.RESOURCE_EXHAUSTED: (Reason.STAGING_FULL, Reason.MEMBERS_FULL),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (Reason.STAGING_FULL, Reason.DISK_FULL, Reason.MEMBERS_FULL),
     grpc.StatusCode.DATA_LOSS: (Reason.DIGEST_MISMATCH,),
     grpc.StatusCode.INTERNAL: (Reason.INTERNAL,),
 }
@@ -113,8 +113,13 @@ class WireMeter:
     def __init__(self, before: Traffic | None = None) -> None:
         """`before`: what to go on from."""
         self._lock = threading.Lock()
-        before = before or Traffic()
-        self._uplink_bytes, self._downlink_bytes, self._rpcs = before.uplink_bytes, before.downlink_bytes, before.rpcs
+        self.restore(before or Traffic())
+
+    def restore(self, traffic: Traffic) -> None:
+        """Go on from this traffic."""
+        with self._lock:
+            self._uplink_bytes, self._downlink_bytes = traffic.uplink_bytes, traffic.downlink_bytes
+            self._rpcs = traffic.rpcs
 
     def count_rpc(self, token: str = "") -> None:
         """One more RPC, with the stated constant for its headers, and the token where one goes with it."""

@@ -72,14 +72,17 @@ class Accounts:
     ) -> None:
         """`saved`: what a server before this one had added up (`saved` of its accounts), empty for a new job.
 
-        `meter` goes on from its traffic (`traffic_of`).
+        `meter` goes on from its traffic.
         """
         self._job, self._coordinates, self._broadcast = job, coordinates, broadcast
         self._metrics, self._meter = metrics, meter
-        self.totals = Totals.restored({key: value for key, value in saved.items() if key != "traffic"}, now)
-        self._counted = self._exported = meter.traffic
-        self._payload_before = (self.totals.uplink_payload_bytes, self.totals.downlink_payload_bytes)
         self._warned: set[str] = set()
+        self.totals = Totals()
+        self._recorded, self._recorded_payload = Traffic(), (0, 0)
+        """Up to and with the last round that was recorded: wire bytes, and payload bytes up and down."""
+        self._exported = meter.traffic
+        if saved:
+            self.restore(saved, now)
 
     @property
     def traffic(self) -> Traffic:
@@ -87,8 +90,24 @@ class Accounts:
         return self._meter.traffic
 
     def saved(self, now: float) -> dict[str, Any]:
-        """As plain values; the traffic is that of the rounds that have been recorded."""
-        return {**self.totals.saved(now), "traffic": asdict(self._counted)}
+        """As plain values."""
+        return {
+            "totals": self.totals.saved(now),
+            "traffic": asdict(self.traffic),
+            "recorded": asdict(self._recorded),
+            "recorded_payload": self._recorded_payload,
+        }
+
+    def restore(self, saved: Mapping[str, Any], now: float) -> bool:
+        """Go on from what `saved` gave; False if that is of before, for bytes only grow."""
+        traffic = Traffic(**saved["traffic"])
+        if traffic.uplink_bytes + traffic.downlink_bytes < self.traffic.uplink_bytes + self.traffic.downlink_bytes:
+            return False
+        self.totals = Totals.restored(saved["totals"], now)
+        self._recorded, self._recorded_payload = Traffic(**saved["recorded"]), tuple(saved["recorded_payload"])
+        self._meter.restore(traffic)
+        self._exported = traffic
+        return True
 
     def opened(self, plan: Plan) -> None:
         """A round is open."""
@@ -100,6 +119,10 @@ class Accounts:
         self._metrics.contributions.inc()
         self._metrics.payload_bytes.labels(UP, self._job.codec).inc(announcement.content_bytes)
         self._metrics.values.labels(UP, self._job.codec).inc(self._coordinates)
+        self.counted(announcement)
+
+    def counted(self, announcement: Announcement) -> None:
+        """A contribution is here, whole, though not in the metrics: a server before this one had it in its own."""
         self.totals.uplink_payload_bytes += announcement.content_bytes
 
     def mismatched(self) -> None:
@@ -139,14 +162,14 @@ class Accounts:
         model: ServerModel,
         now: float,
     ) -> RoundRecord:
-        """A round's update is in the model: its record, which is counted too.
+        """A round's update is in the model: its record, which is added to the totals.
 
         `evaluation`: of the round's base version, where there is one.
         """
         plan, traffic, totals, step = action.plan, self.traffic, self.totals, report.step
-        spent = traffic - self._counted
-        up_before, down_before = self._payload_before
-        self._counted, self._payload_before = traffic, (totals.uplink_payload_bytes, totals.downlink_payload_bytes)
+        spent = traffic - self._recorded
+        up_before, down_before = self._recorded_payload
+        self._recorded, self._recorded_payload = traffic, (totals.uplink_payload_bytes, totals.downlink_payload_bytes)
         samples = sum(a.samples for a in announcements)
         record = RoundRecord(
             round=plan.round, attempt=plan.attempt, base_version=plan.base_version, version=model.version,
@@ -172,15 +195,14 @@ class Accounts:
             w_digest=model.digest.hex(),
             nested_tiles=report.decode.tiles, nested_failed_tiles=report.decode.failed_tiles,
         )  # fmt: skip
-        self._count(record)
-        self._warn(record)
-        return record
-
-    def _count(self, record: RoundRecord) -> None:
-        totals, metrics = self.totals, self._metrics
         totals.contributions += len(record.workers)
         totals.nested_tiles += record.nested_tiles
         totals.nested_failed_tiles += record.nested_failed_tiles
+        return record
+
+    def show(self, record: RoundRecord) -> None:
+        """Bring the metrics up to a round that was applied now, and warn of what a person should change."""
+        metrics = self._metrics
         metrics.rounds.labels("applied").inc()
         metrics.round_bits.labels(UP).set(8 * record.uplink_bytes)
         metrics.round_bits.labels(DOWN).set(8 * record.downlink_bytes)
@@ -198,6 +220,7 @@ class Accounts:
         ):  # fmt: skip
             if value is not None:
                 gauge.set(value)
+        self._warn(record)
 
     def _warn(self, record: RoundRecord) -> None:
         """Say once what a person should change."""
@@ -245,11 +268,6 @@ class Accounts:
             nested_tiles=totals.nested_tiles, nested_failed_tiles=totals.nested_failed_tiles,
             model_sha256=model_sha256, run_dir=str(run_dir),
         )  # fmt: skip
-
-
-def traffic_of(saved: Mapping[str, Any]) -> Traffic:
-    """The traffic in saved accounts, from which the meter of the next server goes on."""
-    return Traffic(**saved.get("traffic", {}))
 
 
 def _mean(values: list[float], weights: list[int] | None = None) -> float | None:

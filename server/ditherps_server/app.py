@@ -30,18 +30,21 @@ from ditherps.network import is_loopback
 from ditherps.security.credentials import Files, ServerFiles
 from ditherps.security.tokens import Tokens
 from ditherps.tasks import Task
-from ditherps_server.accounts import Accounts, traffic_of
+from ditherps_server.accounts import Accounts
 from ditherps_server.broadcast import Broadcast
 from ditherps_server.coordinator import Coordinator
 from ditherps_server.evaluation import Evaluator
+from ditherps_server.files import claimed
 from ditherps_server.gate import Gate
 from ditherps_server.interceptor import ErrorInterceptor
 from ditherps_server.members import Members
 from ditherps_server.model import ServerModel
 from ditherps_server.records import Recorder, RunResult
+from ditherps_server.redo import NoLog, RedoLog
+from ditherps_server.replay import Restored, begin_log, replay
 from ditherps_server.rounds import Rules
 from ditherps_server.rule import check_rule
-from ditherps_server.saving import Saver, resumed
+from ditherps_server.saving import REDO_FILE, Saver, resumed
 from ditherps_server.service import ParameterServerService
 from ditherps_server.updater import Updater
 
@@ -51,6 +54,14 @@ DRAIN_SECONDS = 5.0
 
 
 async def serve(
+    job: JobConfig, config: ServerConfig, task: Task, on_round: Callable[[dict[str, Any]], None] | None = None
+) -> RunResult:
+    """`serve_in` a run folder that no other server has."""
+    with claimed(config.run_dir):
+        return await serve_in(job, config, task, on_round)
+
+
+async def serve_in(
     job: JobConfig, config: ServerConfig, task: Task, on_round: Callable[[dict[str, Any]], None] | None = None
 ) -> RunResult:
     """Serve one job until it is over, and return its result.
@@ -87,14 +98,21 @@ async def serve(
         robust.warm()
 
     recorder = Recorder(config.run_dir, listeners=[on_round] if on_round else [])
-    metrics, meter = ServerMetrics(ditherps.__version__), wire.WireMeter(traffic_of(origin.totals))
+    metrics, meter = ServerMetrics(ditherps.__version__), wire.WireMeter()
     metrics_port = metrics.serve(config.metrics_host, config.metrics_port) if config.metrics_port >= 0 else None
     accounts = Accounts(job, model.layout.coordinates, broadcast, metrics, meter, origin.totals, time.monotonic())
     saver = Saver(config, job, origin, model, updater.optimizer)
+    redo_path = config.run_dir / REDO_FILE
+    restored = replay(redo_path, origin, model, updater, accounts, time.monotonic()) if origin.resumed else Restored()
+    redo: RedoLog | NoLog = RedoLog(redo_path, origin.job_id)
+    if config.durability == "none":
+        redo = NoLog()
+        restored.forget_plan()
     coordinator = Coordinator(
         job, rules_of(job, codec, server_evaluates=evaluator is not None), model, broadcast,
         updater, evaluator,
-        Members(job.member_table, origin.job_id, origin.epoch, origin.leases), recorder, saver, accounts, metrics,
+        Members(job.member_table, origin.job_id, origin.epoch, restored.leases), recorder, saver, redo, accounts,
+        metrics, restored,
     )  # fmt: skip
     interceptor = ErrorInterceptor(
         meter, job.idle_timeout_seconds, lambda reason: metrics.refused_rpcs.labels(reason.value).inc()
@@ -112,8 +130,9 @@ async def serve(
     port = _bind(server, config, files)
     if files is not None:
         metrics.watch_certificates(files.files.expiry)
-    saver.begin()
-    recorder.start(job, model.version)
+    saver.begin(restored.leases, restored.entered, accounts.saved(time.monotonic()))
+    begin_log(redo, redo_path, restored)
+    recorder.start(job, model.version, restored.records)
     await server.start()
     for name in ("", wire.SERVICE.full_name):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -131,6 +150,7 @@ async def serve(
     finally:
         await health_servicer.enter_graceful_shutdown()
         await server.stop(1.0)
+        redo.close()
         pool.shutdown(cancel_futures=True)
     result = accounts.result(config.run_dir, model, coordinator.last_evaluation, reason, coordinator.model_sha256)
     if not coordinator.failure:  # else the model may be between two versions
@@ -151,6 +171,7 @@ _EXPLAINED = {
     Reason.QUORUM: "rounds were abandoned for want of a quorum at their deadline",
     Reason.NORM: "too few contributions kept to the norm limit for a quorum",
     Reason.INTERRUPTED: "interrupted",
+    Reason.DISK_FULL: "the redo log could not be written for a round's deadline: make room, and go on with --resume",
     Reason.NO_SIDE_INFORMATION: "no source delivered, so nested contributions could not be decoded",
 }
 

@@ -17,13 +17,10 @@ and `-Infinity`, which stricter readers of JSON refuse.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,14 +33,27 @@ from torch import Tensor
 from ditherps.config import JobConfig, option_error
 from ditherps.errors import UserError
 from ditherps.wire import digest_of
+from ditherps_server.files import replacing
 
-FORMAT = 1
+FORMAT = 2
 LARGEST_HEADER_BYTES = 64 << 20
 """Of what is not a tensor; 100,000 members with leases take about 25 MB."""
 LARGEST_TENSORS = 64
 _OPTIMIZER = "optimizer."
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
 _AGAIN = "put back a good copy of it, or begin anew without --resume"
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """A round that contributions entered."""
+
+    round: int
+    attempt: int
+    version: int
+    """Of the model after it."""
+    members: int
+    """How many entered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +80,8 @@ class Checkpoint:
     """Plain JSON."""
     leases: Mapping[int, bytes]
     """By member's index, the key of who joined last."""
+    entered: Mapping[int, Entered]
+    """By member's index, the last round that its contribution entered."""
     totals: Mapping[str, Any]
     """What the run has added up to, as plain JSON."""
 
@@ -88,24 +100,11 @@ def write(path: Path, checkpoint: Checkpoint) -> int:
     """
     tensors = _tensors(checkpoint)
     header = _header(json.dumps(_values(checkpoint), sort_keys=True), tensors)
-    _remove_parts(path)
-    # A name of its own: a writer that should be dead, but is not, cannot spoil what this one puts in place.
-    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        with open(part, "xb", opener=_private) as file:
-            file.write(header)
-            for name in _in_file(tensors):
-                file.write(_content(tensors[name]))
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        part.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
-    _sync_folder(path.parent)
-    return size
+    with replacing(path) as file:
+        file.write(header)
+        for name in _in_file(tensors):
+            file.write(_content(tensors[name]))
+        return file.tell()
 
 
 def read(path: Path) -> Checkpoint:
@@ -148,7 +147,7 @@ def read(path: Path) -> Checkpoint:
         optimizer_tensors={
             name.removeprefix(_OPTIMIZER): tensor for name, tensor in tensors.items() if name.startswith(_OPTIMIZER)
         },
-        optimizer_values=values.optimizer, leases=values.leases, totals=values.totals,
+        optimizer_values=values.optimizer, leases=values.leases, entered=values.entered, totals=values.totals,
     )  # fmt: skip
 
 
@@ -194,6 +193,7 @@ def _unhexed(value: Any) -> bytes:
 
 
 _Hex = Annotated[bytes, BeforeValidator(_unhexed)]
+_Index = Annotated[int, Field(ge=0)]
 
 
 class _Values(BaseModel):
@@ -208,7 +208,8 @@ class _Values(BaseModel):
     layout_digest: _Hex
     initial_digest: _Hex
     optimizer: dict[str, Any]
-    leases: dict[Annotated[int, Field(ge=0)], _Hex]
+    leases: dict[_Index, _Hex]
+    entered: dict[_Index, Entered]
     totals: dict[str, Any]
 
 
@@ -224,6 +225,7 @@ def _values(checkpoint: Checkpoint) -> dict[str, Any]:
         "layout_digest": checkpoint.layout_digest.hex(),
         "initial_digest": checkpoint.initial_digest.hex(),
         "leases": {str(index): key.hex() for index, key in dict(checkpoint.leases).items()},
+        "entered": {str(index): asdict(entered) for index, entered in dict(checkpoint.entered).items()},
     }
 
 
@@ -333,23 +335,3 @@ def _shown(error: Exception | str) -> str:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
-
-
-def _private(name: str, flags: int) -> int:
-    return os.open(name, flags, 0o600)
-
-
-def _remove_parts(path: Path) -> None:
-    for other in path.parent.iterdir():
-        if other.name.startswith(path.name + ".") and other.name.endswith(".part"):
-            with contextlib.suppress(OSError):
-                other.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in it last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

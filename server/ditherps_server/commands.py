@@ -36,6 +36,7 @@ def server(
     init: options.Init = None,
     resume: options.Resume = None,
     checkpoint_every: options.CheckpointEvery = None,
+    durability: options.Durability = None,
     certs: options.Certs = None,
     token_file: options.TokenFile = None,
     tls13: options.Tls13 = None,
@@ -58,7 +59,8 @@ def server(
     given: dict[str, Any] = {
         "run_dir": run_dir, "data_dir": data_dir, "host": host, "port": port, "metrics_host": metrics_host,
         "metrics_port": metrics_port, "init": init, "resume": resume, "checkpoint_every": checkpoint_every,
-        "certs": certs, "token_file": token_file, "insecure": insecure, "reflection": reflection,
+        "durability": durability, "certs": certs, "token_file": token_file, "insecure": insecure,
+        "reflection": reflection,
     }  # fmt: skip
     defaults = {"run_dir": options.default_run_dir(job.config.task, job.config.codec)}
     flags = {key: value for key, value in given.items() if value is not None}

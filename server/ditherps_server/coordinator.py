@@ -26,10 +26,13 @@ from ditherps.v1 import types_pb2
 from ditherps_server import rounds
 from ditherps_server.accounts import Accounts
 from ditherps_server.broadcast import Answer, Broadcast
+from ditherps_server.checkpoint import Entered
 from ditherps_server.evaluation import Evaluation, Evaluator
 from ditherps_server.members import Members, Session
 from ditherps_server.model import ServerModel
 from ditherps_server.records import Recorder
+from ditherps_server.redo import Abandoned, Closed, Contributed, Leased, NoLog, Opened, RedoLog, leases
+from ditherps_server.replay import Restored
 from ditherps_server.rounds import Phase, Plan, Rules
 from ditherps_server.saving import Saver
 from ditherps_server.staging import Announcement, Contribution, Staging
@@ -64,8 +67,10 @@ class Coordinator:
         members: Members,
         recorder: Recorder,
         saver: Saver,
+        redo: RedoLog | NoLog,
         accounts: Accounts,
         metrics: ServerMetrics,
+        restored: Restored,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.job, self.model, self.members, self.accounts = job, model, members, accounts
@@ -73,15 +78,17 @@ class Coordinator:
         self.last_evaluation: Evaluation | None = None
         self.model_sha256 = self.failure = ""
         self._rules, self._updater, self._evaluator = rules, updater, evaluator
-        self._recorder, self._metrics, self._clock = recorder, metrics, clock
-        self._state = rounds.State(since=clock(), round=model.version, version=model.version)
+        self._recorder, self._metrics, self._clock, self._redo = recorder, metrics, clock, redo
+        self._state = restored.state(rules, members.names, clock())
         self._staging = Staging(job.staging_bytes)
+        for contribution in restored.staged:
+            self._staging.restore(contribution)
         self._watchers = Watchers()
         self._tasks: set[asyncio.Task[None]] = set()
         self._evaluating = asyncio.Lock()
         self._finished: asyncio.Future[Reason] = asyncio.get_running_loop().create_future()
         self._closed: tuple[types_pb2.RoundResult, frozenset[int]] | None = None
-        self._entered: dict[int, types_pb2.RoundResult] = {}
+        self._entered = restored.entered
         """By worker, the last round that its contribution entered: it may not have been listening."""
         self._moving = False
         """Whether a thread is changing the model."""
@@ -89,14 +96,24 @@ class Coordinator:
 
     # What the service asks for.
 
-    def join(self, name: str, lease_key: bytes) -> Session:
-        """Let a worker in; raises `RefusedError` if it may not."""
+    async def join(self, name: str, lease_key: bytes) -> Session:
+        """Let a worker in, whose lease lasts; raises `RefusedError` if it may not."""
         session = self.members.join(name, lease_key, occupied=frozenset(self._state.present))
         known = self.members.names[session.index]
         log.info("joined worker=%s index=%d session=%d", known, session.index, session.number)
         self._watchers.end(session.index)
+        leased = self._redo.append(Leased(index=session.index, key=lease_key), kept=False)
         self._handle(rounds.Joined(session.index, known))
+        await self._durable(leased)
         return session
+
+    async def _durable(self, written: Awaitable[None]) -> None:
+        """Returns when a record is on disk; raises `RefusedError` (`disk_full`) where there is no room."""
+        try:
+            await written
+        except OSError as error:
+            self._metrics.redo_failures.inc()
+            raise RefusedError(Reason.DISK_FULL, f"the server cannot write its redo log: {error.strerror}") from None
 
     def seen(self, fence: types_pb2.Fence) -> int:
         """The index of the worker that a message comes from; raises `RefusedError` if it has no session."""
@@ -122,7 +139,8 @@ class Coordinator:
     def watch(self, index: int) -> Watchers.Stream:
         """The stream of changes for a worker, beginning with the present state."""
         entered = self._entered.get(index)
-        return self._watchers.begin(index, self._response(index, entered and (entered, frozenset([index]))))
+        told = (_result(entered), frozenset([index])) if entered else None
+        return self._watchers.begin(index, self._response(index, told))
 
     def admit(self, index: int, header: pb.PushHeader) -> Contribution:
         """Check what a Push announces and make room for it.
@@ -171,10 +189,10 @@ class Coordinator:
             raise PayloadError(f"a digest of {len(header.digest)} bytes, not 16")
 
     async def deliver(self, contribution: Contribution) -> bool:
-        """A contribution has arrived: check it, and count it in; False if the same had been counted before.
+        """A contribution has arrived: check it, write it down, and count it in; False if it had been counted before.
 
         Raises `PayloadError` when the content is not what its header says, or cannot be decoded, `RefusedError` when
-        the round has ended or another content has taken its place meanwhile.
+        the round has ended, another content has taken its place meanwhile, or there is no room for it on the disk.
         """
         try:
             await asyncio.to_thread(self._check_content, contribution)
@@ -183,13 +201,22 @@ class Coordinator:
             self._staging.drop(contribution)
             raise
         announcement = contribution.announcement
-        if self._state.phase is not Phase.OPEN:
-            raise RefusedError(Reason.LATE, f"round {announcement.round} has ended")
+        self._check_open(contribution)
+        if not contribution.whole:
+            record = Contributed(announcement=announcement, accounts=self.accounts.saved(self._clock()))
+            await self._durable(self._redo.append(record, [contribution.content], kept=False))
+            self._check_open(contribution)
         if not self._staging.commit(contribution):
             return False
         self.accounts.arrived(announcement)
         self._handle(rounds.Delivered(announcement.index))
         return True
+
+    def _check_open(self, contribution: Contribution) -> None:
+        """Raises `RefusedError` unless the contribution can still enter."""
+        self._staging.check(contribution)
+        if self._state.phase is not Phase.OPEN:
+            raise RefusedError(Reason.LATE, f"round {contribution.announcement.round} has ended")
 
     def _check_content(self, contribution: Contribution) -> None:
         contribution.receiver.check()
@@ -254,30 +281,43 @@ class Coordinator:
 
     async def run(self) -> Reason:
         """Until the job is over; returns why (`internal` after an error inside the server, which `failure` holds)."""
+        if self._state.phase is Phase.OPEN and self._state.plan is not None:
+            self._begin_round(self._state.plan)  # a server before this one had opened it
         while not self._finished.done():
             self._handle(rounds.Tick())
             self._watch_gauges()
             await asyncio.wait([self._finished], timeout=TICK_SECONDS)
         # A round that is being closed is applied whole, and recorded, before the model is called final.
         await asyncio.gather(*self._tasks)
+        await self._redo.drained()
         self.accounts.totals.finished = self._clock()
         self.model_sha256 = await asyncio.to_thread(lambda: self.model.sha256)
         self._tell()
         return self._finished.result()
 
-    def save(self) -> None:
+    def save(self) -> bool:
         """Write a checkpoint of the last applied round; only while nothing changes the model.
 
-        The run goes on without one where there is no room: the last one stays.
+        The run goes on without one where there is no room: the last one stays. Returns whether it was written.
         """
         try:
-            seconds = self.saver.save(self.members.leases, self.accounts.saved(self._clock()))
+            seconds = self.saver.save(self.members.leases, self._entered, self.accounts.saved(self._clock()))
         except OSError as error:
             log.error("checkpoint version=%d not written: %s", self.model.version, error)
             self._metrics.checkpoint_failures.inc()
-            return
+            return False
         self._metrics.checkpoint_seconds.set(seconds)
         self._metrics.checkpoint_timestamp_seconds.set_to_current_time()
+        return True
+
+    async def _checkpoint(self) -> None:
+        """Write a checkpoint between two rounds, and forget what the redo log holds of before."""
+        if not await asyncio.to_thread(self.save):
+            return
+        try:
+            await self._redo.cut(leases(self.members.leases))
+        except OSError as error:
+            log.error("redo log not cut: %s", error)
 
     def stop(self, reason: Reason) -> None:
         """End the run now."""
@@ -312,6 +352,7 @@ class Coordinator:
                 case rounds.CloseRound():
                     self._spawn(self._close(action))
                 case rounds.AbandonRound(plan, reason):
+                    self._redo.append(Abandoned(reason=reason, accounts=self.accounts.saved(self._clock())))
                     log.warning("abandoned round=%d attempt=%d reason=%s", plan.round, plan.attempt, reason)
                     self._metrics.rounds.labels("abandoned").inc()
                     self._end_round(plan, reason=reason)
@@ -335,6 +376,18 @@ class Coordinator:
 
     def _open(self, plan: Plan) -> None:
         self.accounts.opened(plan)
+        if plan.roles:
+            # Before all contributions to it: whoever is acknowledged finds the plan again. Nobody waits for it.
+            self._redo.append(
+                Opened(
+                    round=plan.round, attempt=plan.attempt, base_version=plan.base_version, roles=dict(plan.roles),
+                    evaluator=plan.evaluator, encoded=dict(self._state.encoded),
+                    accounts=self.accounts.saved(self._clock()),
+                )
+            )  # fmt: skip
+        self._begin_round(plan)
+
+    def _begin_round(self, plan: Plan) -> None:
         self._evaluation = None
         self._metrics.round.set(plan.round)
         self._tell()
@@ -362,14 +415,19 @@ class Coordinator:
             self._handle(rounds.Applied(self.model.version))
             return
         contributions = self._staging.members(action.members)
-        self._moving = True
         try:
             beyond = await asyncio.to_thread(self._updater.beyond_limit, contributions)
             action = self._without(action, beyond)
             contributions = self._staging.members(action.members)
+            evaluation = self._evaluation
+            await self._write_closed(action, evaluation)
+            self._moving = True
             report = await asyncio.to_thread(self._updater.apply, contributions)
         except RefusedError as error:
             self._handle(rounds.Unusable(error.reason))
+            return
+        except _NoRoomError:
+            self.stop(Reason.DISK_FULL)
             return
         except EncodingError as error:
             self.failure = f"the model diverged in round {plan.round}: {error}; a lower optimizer.lr may help"
@@ -378,12 +436,28 @@ class Coordinator:
         finally:
             self._moving = False
         announcements = [contribution.announcement for contribution in contributions]
-        record = self.accounts.applied(action, announcements, report, self._evaluation, self.model, self._clock())
+        record = self.accounts.applied(action, announcements, report, evaluation, self.model, self._clock())
+        self.accounts.show(record)
         self._recorder.add(record)
+        entered = Entered(plan.round, plan.attempt, record.version, len(action.members))
+        self._entered.update(dict.fromkeys(action.members, entered))
         if self.saver.due(record.version):
-            await asyncio.to_thread(self.save)
+            await self._checkpoint()
         self._end_round(plan, members=action.members)
         self._handle(rounds.Applied(self.model.version))
+
+    async def _write_closed(self, action: rounds.CloseRound, evaluation: Evaluation | None) -> None:
+        """The round is closed when this is on disk; raises `_NoRoomError` when there has been no room for too long."""
+        now = self._clock()
+        record = Closed(
+            members=action.members, absent=dict(action.absent), evaluation=evaluation,
+            round_seconds=now - action.plan.opened_at, accounts=self.accounts.saved(now),
+        )  # fmt: skip
+        try:
+            async with asyncio.timeout(self.job.round_deadline_seconds):
+                await self._redo.append(record)
+        except TimeoutError:
+            raise _NoRoomError from None
 
     def _without(self, action: rounds.CloseRound, beyond: Mapping[int, str]) -> rounds.CloseRound:
         """The same without contributions that are refused at the close; raises `RefusedError` if the quorum is lost."""
@@ -401,7 +475,6 @@ class Coordinator:
             abandoned=reason.value if reason else "",
         )  # fmt: skip
         self._closed = (result, frozenset(members))
-        self._entered.update(dict.fromkeys(members, result))
 
     def _finish(self, reason: Reason) -> None:
         if not self._finished.done():
@@ -436,3 +509,13 @@ class Coordinator:
                 types_pb2.JobResult(reason=reason.value, version=self.model.version, model_sha256=self.model_sha256)
             )
         return response
+
+
+class _NoRoomError(Exception):
+    """The redo log cannot be written, so the round cannot be closed."""
+
+
+def _result(entered: Entered) -> types_pb2.RoundResult:
+    return types_pb2.RoundResult(
+        round=entered.round, attempt=entered.attempt, version=entered.version, members=entered.members
+    )

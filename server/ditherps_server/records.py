@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,14 +126,22 @@ class Recorder:
     listeners: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
     _unwritten: list[str] = field(default_factory=list)
 
-    def start(self, job: JobConfig, version: int = 0) -> None:
-        """Write the resolved job file; keep the records of the rounds up to `version`, with which the run goes on."""
+    def start(self, job: JobConfig, version: int = 0, again: Sequence[RoundRecord] = ()) -> None:
+        """Write the resolved job file; keep the records of the rounds up to `version`, with which the run goes on.
+
+        `again`: records of rounds that were applied again; what is there of them stays as it is.
+        """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         for leftover in ("result.json", "model.safetensors"):
             (self.run_dir / leftover).unlink(missing_ok=True)
         (self.run_dir / "job.toml").write_text(tomli_w.dumps(job.model_dump(mode="json")))
         unfinished = self.run_dir / "rounds.jsonl.part"
-        unfinished.write_text("".join(self._kept(version)))
+        kept = {json.loads(line)["version"]: line for line in self._kept(version)}
+        for record in again:
+            line = kept.setdefault(record.version, json.dumps(asdict(record)) + "\n")
+            if json.loads(line)["w_digest"] != record.w_digest:
+                log.warning("round %d gave another w than before: this machine computes otherwise", record.round)
+        unfinished.write_text("".join(kept[version] for version in sorted(kept)))
         unfinished.replace(self.run_dir / "rounds.jsonl")
 
     def _kept(self, version: int) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from ditherps.config import JobConfig, ServerConfig
 from ditherps.errors import UserError
 from ditherps_server import checkpoint
-from ditherps_server.checkpoint import Checkpoint
+from ditherps_server.checkpoint import Checkpoint, Entered
 from ditherps_server.model import ServerModel
 from ditherps_server.optimizer import ServerOptimizer
 
@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 OLD_CHECKPOINT_FILE = "checkpoint.old.safetensors"
+REDO_FILE = "redo.log"
+OLD_REDO_FILE = "redo.old.log"
 CHECKPOINTS_IN_A_RUN = 20
 LEAST_ROUNDS_BETWEEN = 10
 
@@ -31,6 +33,7 @@ class Origin:
     job_id: str = field(default_factory=lambda: secrets.token_hex(8))
     epoch: int = 1
     leases: Mapping[int, bytes] = field(default_factory=dict)
+    entered: Mapping[int, Entered] = field(default_factory=dict)
     totals: Mapping[str, Any] = field(default_factory=dict)
     initial_digest: bytes = b""
     """Empty: that of the model as it is."""
@@ -50,9 +53,10 @@ def resumed(config: ServerConfig, job: JobConfig, model: ServerModel, optimizer:
         log.info("no checkpoint in %s: the job begins", config.run_dir)
         return Origin()
     saved = checkpoint.read(path)
-    if job.error_feedback:
+    if job.error_feedback and config.durability == "none":
         raise UserError(
-            "--resume: a job with error_feedback cannot go on, since its workers' errors are of later rounds"
+            "--resume: with durability none a job with error_feedback cannot go on, since its workers' errors are of "
+            "later rounds"
         )
     if changed := checkpoint.differences(saved.job, job):
         raise UserError(f"{path} is of another job ({'; '.join(changed)}): resume with the job file as it was")
@@ -63,7 +67,8 @@ def resumed(config: ServerConfig, job: JobConfig, model: ServerModel, optimizer:
     optimizer.load_state_dict(saved.optimizer_tensors, saved.optimizer_values)
     log.info("resumed job=%s version=%d epoch=%d", saved.job_id, saved.version, saved.server_epoch + 1)
     return Origin(
-        saved.job_id, saved.server_epoch + 1, saved.leases, saved.totals, saved.initial_digest, resumed=True
+        saved.job_id, saved.server_epoch + 1, saved.leases, saved.entered, saved.totals, saved.initial_digest,
+        resumed=True,
     )  # fmt: skip
 
 
@@ -78,27 +83,28 @@ class Saver:
         self._job, self._origin, self._model, self._optimizer = job, origin, model, optimizer
         self.initial_digest = origin.initial_digest or model.digest
 
-    def begin(self) -> None:
-        """The server is about to let workers in.
+    def begin(self, leases: Mapping[int, bytes], entered: Mapping[int, Entered], totals: Mapping[str, Any]) -> None:
+        """The server is about to let workers in: its epoch, or the new job, has to last first.
 
-        A server that goes on makes its epoch last first: should it be cut off before its next checkpoint, then the one
-        after it has another, and nobody takes what it finds with the workers for its own. Raises `UserError` where
-        there is no room for that.
+        Then no server after this one, even if it is cut off before its next checkpoint, has the same epoch or takes
+        what it finds for its own. Raises `UserError` where there is no room for that.
         """
-        if self._origin.resumed:
-            try:
-                self.save(self._origin.leases, self._origin.totals)
-            except OSError as error:
-                raise UserError(f"{self._path} cannot be written: {error.strerror}") from None
-        elif self._path.exists():  # a later `--resume` must not take it for this run's
+        if not self._origin.resumed and self._path.exists():
             self._path.replace(self._path.with_name(OLD_CHECKPOINT_FILE))
+            redo = self._path.with_name(REDO_FILE)
+            if redo.exists():
+                redo.replace(self._path.with_name(OLD_REDO_FILE))
             log.warning("not resumed: the checkpoint of an earlier run is %s from now on", OLD_CHECKPOINT_FILE)
+        try:
+            self.save(leases, entered, totals)
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {error.strerror}") from None
 
     def due(self, version: int) -> bool:
         """Whether a checkpoint belongs after the round that made `version`."""
         return version % self._every == 0
 
-    def save(self, leases: Mapping[int, bytes], totals: Mapping[str, Any]) -> float:
+    def save(self, leases: Mapping[int, bytes], entered: Mapping[int, Entered], totals: Mapping[str, Any]) -> float:
         """Write the present state; returns the seconds it took. Nothing may change the model meanwhile."""
         began, model = time.perf_counter(), self._model
         tensors, values = self._optimizer.state_dict()
@@ -106,7 +112,7 @@ class Saver:
             job=self._job, job_id=self._origin.job_id, server_epoch=self._origin.epoch, version=model.version,
             x=model.x, w=None if model.w is model.x else model.w, buffers=model.buffers,
             layout_digest=model.layout.digest, initial_digest=self.initial_digest, optimizer_tensors=tensors,
-            optimizer_values=values, leases=leases, totals=totals,
+            optimizer_values=values, leases=leases, entered=entered, totals=totals,
         )  # fmt: skip
         size = checkpoint.write(self._path, state)
         seconds = time.perf_counter() - began
@@ -116,3 +122,4 @@ class Saver:
     def discard(self) -> None:
         """The job is over: there is nothing to go on with."""
         self._path.unlink(missing_ok=True)
+        self._path.with_name(REDO_FILE).unlink(missing_ok=True)

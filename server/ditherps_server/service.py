@@ -46,7 +46,7 @@ class ParameterServerService:
         codecs = {job.codec, coordinator.broadcast.codec_name}
         name = self._gate.name(context, request.worker)
         check_join(request, job.task, job.mode, codecs, 4 * coordinator.model.layout.coordinates)
-        session = coordinator.join(name, request.lease_key)
+        session = await coordinator.join(name, request.lease_key)
         layout = coordinator.model.layout
         return pb.JoinResponse(
             fence=coordinator.members.fence(session),

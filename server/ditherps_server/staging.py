@@ -46,6 +46,11 @@ class Contribution:
     stream: object | None = field(default_factory=object)
     """The stream that may write: a newer one takes over, and none may once the round is over."""
 
+    @classmethod
+    def restored(cls, announcement: Announcement, content: memoryview) -> Contribution:
+        """A whole contribution whose content has been checked before."""
+        return cls(announcement, content, Receiver(content, announcement.digest), whole=True)
+
     @property
     def update(self) -> memoryview:
         """The encoded update."""
@@ -129,6 +134,13 @@ class Staging:
         while self._spare and self.held_bytes + self._spare_bytes + size > self._limit_bytes:
             self._spare.pop(0)
         return np.empty(size, np.uint8).data
+
+    def restore(self, contribution: Contribution) -> None:
+        """Hold a copy of a contribution that a server before this one had acknowledged."""
+        content = self._memory(len(contribution.content))
+        content[:] = contribution.content
+        announcement = contribution.announcement
+        self._held[announcement.index] = Contribution.restored(announcement, content)
 
     def drop(self, contribution: Contribution) -> None:
         """Forget a contribution that turned out unusable, or that another content replaces."""

@@ -34,7 +34,7 @@ from torch import Tensor
 from ditherps.config import JobConfig
 from ditherps.errors import UserError
 from ditherps_server import checkpoint as module
-from ditherps_server.checkpoint import Checkpoint, differences, read, write
+from ditherps_server.checkpoint import FORMAT, Checkpoint, Entered, differences, read, write
 
 JOB = JobConfig(
     workers=3, members=("left", "right", "middle"), codec="dqsg", codec_options={"levels": 5, "names": ["a", "b"]},
@@ -54,7 +54,8 @@ def make(coordinates: int = 5, version: int = 7, **changes: Any) -> Checkpoint:
         initial_digest=b"\x00\xff" * 8,
         optimizer_tensors={"exp_avg": vector(coordinates, version + 2_000_000), "step": torch.tensor(float(version))},
         optimizer_values={"optimizer": "adam", "updates": version, "learning_rate": 0.1 + 0.2},
-        leases={0: b"", 2: b"key\x00"}, totals={"contributions": 12, "traffic": {"uplink_bytes": 2**63 + 1}},
+        leases={0: b"", 2: b"key\x00"}, entered={1: Entered(5, 0, 6, 2)},
+        totals={"contributions": 12, "traffic": {"uplink_bytes": 2**63 + 1}},
     )  # fmt: skip
     return replace(whole, **changes)
 
@@ -431,7 +432,7 @@ def refusal(path: Path) -> str:
     return message
 
 
-def signed(path: Path, values: Any, tensors: dict[str, Tensor], *, form: str = "1") -> None:
+def signed(path: Path, values: Any, tensors: dict[str, Tensor], *, form: str = str(FORMAT)) -> None:
     """A file with a right digest, written and signed as the module's docstring says, not by its code."""
     text = values if isinstance(values, str) else json.dumps(values)
     names = sorted(tensors)
@@ -541,7 +542,7 @@ class TestDamageAndStrangers:
 
     @staticmethod
     def _header(path: Path, tensors: dict[str, Any], data: bytes) -> None:
-        metadata = {"format": "1", "values": "{}", "digest": "0" * 32}
+        metadata = {"format": str(FORMAT), "values": "{}", "digest": "0" * 32}
         header = json.dumps({"__metadata__": metadata, **tensors}).encode()
         path.write_bytes(struct.pack("<Q", len(header)) + header + data)
 
@@ -604,7 +605,7 @@ class TestDamageAndStrangers:
     def test_another_format(self, path: Path) -> None:
         write(path, make(optimizer_tensors={}))
         values, tensors = opened(path)
-        for form in ("0", "2", "", "x" * 1000):
+        for form in ("0", str(FORMAT + 1), "", "x" * 1000):
             signed(path, values, {name: tensor.clone() for name, tensor in tensors.items()}, form=form)
             assert "checkpoint format" in refusal(path)
 

@@ -95,24 +95,30 @@ RESUMED: dict[str, dict[str, Any]] = {
     "yogi": {"codec": "dqsg", "workers": 2, "model": "norm", "mode": "local", "optimizer": {"name": "fedyogi"},
              "downlink": {"snapshot": "bf16", "snapshot_every": 3}},
     "none": {"codec": "none", "workers": 2, "model": "norm", "optimizer": {"lr": 0.1, "momentum": 0.9}},
+    "feedback": {**JOBS["feedback"], "evaluator": "worker", "evaluate_every": 2},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("durability", ["round", "none"])
 @pytest.mark.parametrize("checkpoint_every", [1, 4])
 async def test_a_server_that_was_cut_off_ends_with_the_model_of_one_that_was_not(
-    tmp_path: Path, name: str, checkpoint_every: int
+    tmp_path: Path, name: str, checkpoint_every: int, durability: str
 ) -> None:
-    """It loses the rounds since its checkpoint; its workers hold a w that it has not yet made again."""
+    """With durability none it loses the rounds since its checkpoint; its workers hold a w that it has yet to make."""
+    if (name, durability) == ("feedback", "none"):
+        pytest.skip("refused: test_a_job_with_error_feedback_is_resumed_with_a_redo_log_only")
     options = {"rounds": 12, "downlink": {"digest_every": 1}, **RESUMED[name]}
-    server: dict[str, Any] = {"checkpoint_every": checkpoint_every}
+    server: dict[str, Any] = {"checkpoint_every": checkpoint_every, "durability": durability}
     async with serving(tmp_path, server=server, **options) as served:
         job, first = served.job, served.job_id
         workers = [asyncio.create_task(worker(served.address, one)) for one in job.member_table]
         await served.reached(7)
+    reached = served.records()[-1]["version"]
     server |= {"resume": True, "port": int(served.address.rpartition(":")[2])}
     async with serving(tmp_path, server=server, **options) as served:
         assert served.job_id == first
+        assert len(served.records()) >= (reached if durability == "round" else 4)
         results = await asyncio.gather(*workers)
         run = await served.running
     assert [record["version"] for record in served.records()] == list(range(1, 13))
@@ -141,14 +147,14 @@ async def test_each_life_of_a_server_has_an_epoch_of_its_own(tmp_path: Path) -> 
             Peer(served.address) as peer,
         ):
             assert (await peer.join("worker-0")).fence.server_epoch == epoch
-            assert (await peer.plan()).round == 2
+            assert (await peer.plan()).round == len(served.records()) >= 3
 
 
-async def test_a_job_with_error_feedback_is_not_resumed(tmp_path: Path) -> None:
+async def test_a_job_with_error_feedback_is_resumed_with_a_redo_log_only(tmp_path: Path) -> None:
     options: dict[str, Any] = {**JOBS["feedback"], "workers": 1}
-    await cut_off(tmp_path, 2, server={"checkpoint_every": 1}, **options)
+    await cut_off(tmp_path, 2, server={"checkpoint_every": 1, "durability": "none"}, **options)
     with pytest.raises(UserError, match="error_feedback"):
-        async with serving(tmp_path, server={"resume": True}, **options):
+        async with serving(tmp_path, server={"resume": True, "durability": "none"}, **options):
             pass
 
 
@@ -165,7 +171,7 @@ async def test_a_new_run_in_the_same_folder_moves_the_checkpoint_aside(tmp_path:
     async with serving(tmp_path, workers=1) as again:
         assert again.job_id != served.job_id
         assert again.records() == []
-        assert not (tmp_path / "checkpoint.safetensors").exists()
+        assert checkpoint.read(tmp_path / "checkpoint.safetensors").job_id == again.job_id
         assert (tmp_path / "checkpoint.old.safetensors").read_bytes() == saved
 
 
@@ -194,8 +200,8 @@ async def test_where_no_checkpoint_can_be_written_the_run_goes_on(
     def full(*arguments: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write", full)
     async with serving(tmp_path, server={"checkpoint_every": 1}, metrics=True, workers=1) as served:
+        monkeypatch.setattr(checkpoint, "write", full)
         await worker(served.address, "worker-0")
         assert await served.metric("ditherps_checkpoint_failures_total") == 3
         assert (await served.running).rounds == 3

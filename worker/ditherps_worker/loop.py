@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _ROLES = {types_pb2.ROLE_SOURCE: Role.SOURCE, types_pb2.ROLE_NESTED: Role.NESTED}
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.2, 5.0
-_JOIN_AGAIN = (Reason.WRONG_JOB, Reason.WRONG_EPOCH, Reason.NOT_JOINED)
+_TRY_AGAIN = (Reason.WRONG_JOB, Reason.WRONG_EPOCH, Reason.NOT_JOINED, Reason.STAGING_FULL, Reason.DISK_FULL)
 
 MakeComputer = Callable[[JobConfig, int], Computer]
 
@@ -97,6 +97,8 @@ class Loop:
         self._computer: Computer | None = None
         self._held: HeldModel | None = None
         self._epoch = self._index = 0
+        self._evaluated = (0, 0)
+        """Epoch of the server and version that was evaluated last."""
         self._sent: Encoded | None = None
         self._feedback: ErrorFeedback | None = None
         self._results: list[types_pb2.RoundResult] = []
@@ -116,7 +118,7 @@ class Loop:
             try:
                 return await self._session()
             except (UnreachableError, RefusedError, PayloadError) as error:
-                if isinstance(error, RefusedError) and error.reason not in _JOIN_AGAIN:
+                if isinstance(error, RefusedError) and error.reason not in _TRY_AGAIN:
                     raise
                 now = time.monotonic()
                 if self._progressed or lost_since == math.inf:
@@ -167,9 +169,9 @@ class Loop:
     async def _prepare(self, job: JobConfig, joined: pb.JoinResponse) -> None:
         if (joined.fence.job_id, joined.index) == (self._job_id, self._index):
             if self._held is not None and joined.fence.server_epoch != self._epoch:
-                # The server was started again, perhaps from an older version: what this worker knows of versions and
-                # rounds may be of another course of the job.
-                self._held.doubted, self._sent = True, None
+                # The server was started again: with durability `none` perhaps from an older version, so that what this
+                # worker knows of versions and rounds may be of another course of the job.
+                self._held.doubted = True
             self._epoch = joined.fence.server_epoch
             return
         self._sent, self._held, self._feedback = None, None, None
@@ -237,22 +239,26 @@ class Loop:
         assert self._held is not None
         self._metrics.round.set(plan.round)
         identity = (plan.round, plan.attempt, plan.base_version, plan.role)
-        if self._sent is None or self._sent.plan != identity:
+        encoded = self._sent is not None and self._sent.plan == identity
+        if not encoded or self._held.doubted or self._evaluation_due(plan):
             try:
-                await self._hold(self._held, plan.base_version)
+                if await self._hold(self._held, plan.base_version):
+                    encoded = False  # of another w than the server's
             except RefusedError as error:
                 if error.reason is not Reason.VERSION_UNAVAILABLE:
                     raise
                 return  # the round is over; the next state says how to go on
-            if plan.evaluate:
-                await self._evaluate(plan.base_version)
-            if plan.role == types_pb2.ROLE_UNSPECIFIED:
-                return
+        if self._evaluation_due(plan):
+            await self._evaluate(plan.base_version)
+        if plan.role == types_pb2.ROLE_UNSPECIFIED:
+            return
+        if not encoded:
             try:
                 self._sent = await asyncio.to_thread(self._contribution, job, index, plan, identity)
             except BaseException:
                 self._held.forget()  # computing changes the model, and puts it back at its end only
                 raise
+        assert self._sent is not None
         newest = state.latest
         if newest.HasField("finished"):
             return
@@ -276,8 +282,9 @@ class Loop:
         self._metrics.values.labels(UP, job.codec).inc(self._computer.model.layout.coordinates)
         log.debug("pushed round=%d bytes=%d counted=%s", plan.round, size, counted)
 
-    async def _hold(self, held: HeldModel, version: int) -> None:
-        """Bring version `version` of w into the model."""
+    async def _hold(self, held: HeldModel, version: int) -> bool:
+        """Bring version `version` of w into the model; whether it came whole."""
+        whole = False
         if held.version != version or held.doubted:
             began, before = time.perf_counter(), held.version
             digest = held.digest_due()
@@ -285,6 +292,7 @@ class Loop:
                 log.debug("holds version=%d digest=%s", before, digest.hex())
             header = await self._client.pull(before, version, digest, held.room)
             pulled = await asyncio.to_thread(held.take, header)
+            whole = pulled.snapshot
             if pulled.snapshot and before is not None:
                 log.info("got version %d whole: version %d was too far back, or not the server's", version, before)
             self._metrics.pull_seconds.observe(time.perf_counter() - began)
@@ -292,6 +300,11 @@ class Loop:
                 self._metrics.payload_bytes.labels(DOWN, codec).inc(size)
                 self._metrics.values.labels(DOWN, codec).inc(models * held.coordinates)
         held.restore_buffers()
+        return whole
+
+    def _evaluation_due(self, plan: types_pb2.RoundPlan) -> bool:
+        """Each server needs to be told once: one that was started again has forgotten."""
+        return plan.evaluate and self._evaluated != (self._epoch, plan.base_version)
 
     async def _evaluate(self, version: int) -> None:
         assert self._computer is not None
@@ -303,6 +316,7 @@ class Loop:
                 seconds=time.perf_counter() - began,
             )
         )  # fmt: skip
+        self._evaluated = self._epoch, version
 
     def _contribution(
         self, job: JobConfig, index: int, plan: types_pb2.RoundPlan, identity: tuple[int, int, int, int]

@@ -1,0 +1,161 @@
+"""From a checkpoint and the redo log to where the server stood when it was cut off, without the workers' help."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ditherps.errors import EncodingError, RefusedError, UserError
+from ditherps_server import redo, rounds
+from ditherps_server.accounts import Accounts
+from ditherps_server.checkpoint import Entered
+from ditherps_server.model import ServerModel
+from ditherps_server.records import RoundRecord
+from ditherps_server.redo import Abandoned, Closed, Contributed, Leased, NoLog, Opened, RedoLog
+from ditherps_server.saving import Origin
+from ditherps_server.staging import Announcement, Contribution
+from ditherps_server.updater import Updater
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Restored:
+    """Where a job stands, besides its model, its optimizer and its accounts."""
+
+    version: int = 0
+    leases: dict[int, bytes] = field(default_factory=dict)
+    entered: dict[int, Entered] = field(default_factory=dict)
+    opened: Opened | None = None
+    """The plan that was open, or was abandoned last."""
+    abandoned: bool = False
+    """The plan was abandoned, and none has been opened since."""
+    staged: list[Contribution] = field(default_factory=list)
+    """Contributions to the open plan."""
+    records: list[RoundRecord] = field(default_factory=list)
+    """Of the rounds that were applied again."""
+    log_bytes: int = 0
+
+    def forget_plan(self) -> None:
+        """Let the round that was open begin anew."""
+        self.opened = None
+        self.staged.clear()
+
+    @property
+    def is_open(self) -> bool:
+        """A round is open, in which workers may have been acknowledged."""
+        return self.opened is not None and not self.abandoned
+
+    def state(self, rules: rounds.Rules, names: tuple[str, ...], now: float) -> rounds.State:
+        """The state machine's state at time `now` (seconds).
+
+        The workers of an open round count as present until they are silent for too long: they were a moment ago.
+        """
+        state = rounds.State(since=now, round=self.version, version=self.version)
+        if self.opened is None:
+            return state
+        was = self.opened
+        plan = rounds.Plan(
+            was.round, was.attempt, was.base_version, was.roles, was.evaluator, now, now + rules.round_deadline_seconds
+        )
+        if self.abandoned:
+            return replace(state, plan=plan, encoded=was.encoded)
+        return replace(
+            state, phase=rounds.Phase.OPEN, plan=plan,
+            members={index: rounds.Member(names[index], present=True, last_seen=now) for index in was.roles},
+            encoded=was.encoded, delivered=frozenset(c.announcement.index for c in self.staged),
+            evaluated=was.evaluator is None,
+        )  # fmt: skip
+
+
+def replay(
+    path: Path, origin: Origin, model: ServerModel, updater: Updater, accounts: Accounts, now: float
+) -> Restored:
+    """Apply the rounds that were closed after the checkpoint from which model, optimizer and accounts come.
+
+    Raises `UserError` when the log does not go on from the checkpoint, or the job cannot go on.
+    """
+    restored = Restored(model.version, dict(origin.leases), dict(origin.entered))
+    staged: dict[int, tuple[Announcement, memoryview]] = {}
+    for logged in redo.read(path, origin.job_id):
+        restored.log_bytes = logged.end
+        match logged.record:
+            case Leased(index=index, key=key):
+                restored.leases[index] = key
+            case Opened() as opened:
+                restored.opened, restored.abandoned = opened, False
+                staged.clear()
+                accounts.restore(opened.accounts, now)
+            case Contributed(announcement=announcement) as contributed:
+                staged[announcement.index] = announcement, logged.content
+                if accounts.restore(contributed.accounts, now):
+                    accounts.counted(announcement)
+            case Abandoned() as abandoned:
+                restored.abandoned = True
+                staged.clear()
+                accounts.restore(abandoned.accounts, now)
+            case Closed() as closed:
+                _close(path, restored, closed, staged, model, updater, accounts, now)
+                staged.clear()
+    if restored.opened is not None and restored.opened.base_version < model.version:
+        restored.forget_plan()  # of before the checkpoint
+    if restored.is_open:
+        restored.staged = [Contribution.restored(*held) for held in staged.values()]
+    restored.version = model.version
+    if restored.log_bytes:
+        found = (len(restored.records), model.version, len(restored.staged))
+        log.info("replayed rounds=%d version=%d staged=%d", *found)
+    return restored
+
+
+def _close(
+    path: Path,
+    restored: Restored,
+    closed: Closed,
+    staged: dict[int, tuple[Announcement, memoryview]],
+    model: ServerModel,
+    updater: Updater,
+    accounts: Accounts,
+    now: float,
+) -> None:
+    was = restored.opened
+    if was is None or not staged.keys() >= set(closed.members) or was.base_version > model.version:
+        raise UserError(f"{path} does not go on from the checkpoint: put both back, or begin anew without --resume")
+    if was.base_version < model.version:
+        return  # the checkpoint holds it
+    contributions = [Contribution.restored(*staged[index]) for index in closed.members]
+    try:
+        report = updater.apply(contributions)
+    except RefusedError:
+        restored.abandoned = True  # as it was then
+        return
+    except EncodingError as error:
+        message = f"the model diverged in round {was.round}: {error}; begin anew with a lower optimizer.lr"
+        raise UserError(message) from None
+    plan = rounds.Plan(
+        was.round, was.attempt, was.base_version, was.roles, was.evaluator, now - closed.round_seconds, now
+    )
+    accounts.restore(closed.accounts, now)
+    action = rounds.CloseRound(plan, closed.members, closed.absent)
+    announcements = [contribution.announcement for contribution in contributions]
+    restored.records.append(accounts.applied(action, announcements, report, closed.evaluation, model, now))
+    entered = Entered(was.round, was.attempt, model.version, len(closed.members))
+    restored.entered.update(dict.fromkeys(closed.members, entered))
+    restored.opened = None
+
+
+def begin_log(log_: RedoLog | NoLog, path: Path, restored: Restored) -> None:
+    """Make the log ready for a server that goes on from here, whose checkpoint has been written.
+
+    Raises `UserError` where it cannot be written.
+    """
+    try:
+        if isinstance(log_, NoLog):
+            path.unlink(missing_ok=True)
+        elif restored.opened is not None:
+            log_.go_on(restored.log_bytes)
+        else:
+            log_.begin(redo.leases(restored.leases))
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
