@@ -325,6 +325,9 @@ class WorkerConfig(_Config):
     metrics_host: str = "127.0.0.1"
     metrics_port: int = Field(-1, ge=-1, le=65535)
     """0: any free port; -1: none."""
+    state_dir: Path | None = None
+    """Where the worker keeps the key of its lease and, with error feedback, the error that it carries: one that is
+    started again goes on as if it had not been away."""
     connect_timeout_seconds: Seconds = 60.0
     max_model_bytes: int = Field(16 << 30, ge=1)
     certs: Path | None = None

@@ -110,6 +110,13 @@ Durability = Annotated[
         panel=RUN,
     ),
 ]  # fmt: skip
+StateDir = Annotated[
+    Path | None,
+    _option(
+        "--state-dir", env="STATE_DIR", text="Folder in which a worker that is started again finds what it needs.",
+        panel=RUN,
+    ),
+]  # fmt: skip
 Init = Annotated[Path | None, _option("--init", env="INIT", text="First parameters, as safetensors.", panel=RUN)]
 Insecure = Annotated[
     bool | None,

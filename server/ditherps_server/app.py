@@ -24,6 +24,7 @@ from ditherps.codecs import Codec, Role
 from ditherps.config import JobConfig, ServerConfig
 from ditherps.downlink import downlink_codec
 from ditherps.errors import OptionError, Reason, RunFailedError, UserError
+from ditherps.files import claimed
 from ditherps.kernels import robust
 from ditherps.metrics import ServerMetrics
 from ditherps.network import is_loopback
@@ -34,7 +35,6 @@ from ditherps_server.accounts import Accounts
 from ditherps_server.broadcast import Broadcast
 from ditherps_server.coordinator import Coordinator
 from ditherps_server.evaluation import Evaluator
-from ditherps_server.files import claimed
 from ditherps_server.gate import Gate
 from ditherps_server.interceptor import ErrorInterceptor
 from ditherps_server.members import Members

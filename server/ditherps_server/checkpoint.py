@@ -32,8 +32,8 @@ from torch import Tensor
 
 from ditherps.config import JobConfig, option_error
 from ditherps.errors import UserError
+from ditherps.files import replacing
 from ditherps.wire import digest_of
-from ditherps_server.files import replacing
 
 FORMAT = 2
 LARGEST_HEADER_BYTES = 64 << 20

@@ -29,9 +29,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ditherps.codecs.base import Role
 from ditherps.errors import Reason, UserError
+from ditherps.files import replacing, write_at
 from ditherps.wire import digest_of
 from ditherps_server.evaluation import Evaluation
-from ditherps_server.files import replacing, write_at
 from ditherps_server.staging import Announcement
 
 log = logging.getLogger(__name__)

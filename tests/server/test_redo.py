@@ -178,9 +178,13 @@ async def test_where_there_is_no_room_the_log_stays_as_it_was(tmp_path: Path, mo
 
 async def test_many_records_share_a_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = await written(tmp_path / "redo.log", [])
-    syncs = []
-    fdatasync = os.fdatasync
-    monkeypatch.setattr(os, "fdatasync", lambda descriptor: (syncs.append(1), fdatasync(descriptor)))
+    syncs, fdatasync = [], os.fdatasync
+
+    def counted(descriptor: int) -> None:
+        syncs.append(descriptor)
+        fdatasync(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", counted)
     await asyncio.gather(*(log.append(Leased(index=index, key=b"")) for index in range(100)))
     log.close()
     assert len(syncs) <= 2

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import ditherps
 from ditherps import wire
 from ditherps.config import JobConfig, LocalConfig, SplitConfig, WorkerConfig
+from ditherps.dither import Address, Domain
 from ditherps.errors import OptionError, Reason, RefusedError, RunFailedError, UnreachableError, UserError
+from ditherps.feedback import ErrorFeedback
 from ditherps.metrics import WorkerMetrics
 from ditherps.tasks import Samples, Task
 from ditherps.v1 import parameter_server_pb2 as pb
@@ -27,6 +30,7 @@ from ditherps.v1 import types_pb2
 from ditherps_server import checkpoint
 from ditherps_worker.client import Client, PushStats
 from ditherps_worker.compute import Computer
+from ditherps_worker.kept import KeptState
 from ditherps_worker.loop import Loop
 from tests.service.inprocess import Peer, Served, serving
 from tests.service.simulation import simulated
@@ -292,12 +296,17 @@ class GatedSecond(Gated):
 
 
 @contextlib.asynccontextmanager
-async def waiting_in_round_1(tmp_path: Path, **options: Any) -> AsyncIterator[tuple[Served, Gated, dict[str, Any]]]:
-    """A server and two workers with error feedback; the second stands still in round 1 until its gate opens."""
+async def waiting_in_round_1(
+    tmp_path: Path, first: Mapping[str, Any] | None = None, **options: Any
+) -> AsyncIterator[tuple[Served, Gated, dict[str, Any]]]:
+    """A server and two workers with error feedback; the second stands still in round 1 until its gate opens.
+
+    `first`: options of the first worker.
+    """
     gated = GatedSecond()
     async with serving(tmp_path, **FEEDBACK, **options) as served:
         tasks = {
-            "worker-0": asyncio.create_task(worker(served.address, "worker-0")),
+            "worker-0": asyncio.create_task(worker(served.address, "worker-0", **(first or {}))),
             "worker-1": asyncio.create_task(worker(served.address, "worker-1", gated)),
         }
         try:
@@ -390,6 +399,68 @@ async def test_a_worker_that_lost_its_feedback_leaves_the_round_to_what_it_sent_
         results = await asyncio.gather(*tasks.values())
         assert [one.reason for one in results] == ["finished"] * 2
         assert [record["workers"] for record in served.records()] == [[0, 1]] * 5
+
+
+@pytest.mark.parametrize("restarted", ["after its push", "after its round"])
+async def test_a_worker_that_keeps_its_state_goes_on_with_the_error_that_it_carried(
+    tmp_path: Path, restarted: str
+) -> None:
+    kept: dict[str, Any] = {"state_dir": tmp_path / "kept"}
+    async with waiting_in_round_1(tmp_path, kept) as (served, gated, tasks), Peer(served.address) as peer:
+
+        async def delivered() -> bool:
+            return (await peer.states())[0] == "delivered"
+
+        await until(served, delivered)
+        tasks["worker-0"].cancel()
+        await asyncio.gather(tasks["worker-0"], return_exceptions=True)
+        if restarted == "after its round":
+            gated.gate.set()
+            await until(served, lambda: len(served.records()) >= 2)
+        tasks["worker-0"] = asyncio.create_task(worker(served.address, "worker-0", **kept))
+        gated.gate.set()
+        await asyncio.gather(*tasks.values())
+        result = await served.running
+        assert (result.rounds, result.contributions) == (5, 10)
+        assert result.model_sha256 == simulated(served.job, Tiny())
+
+
+async def test_a_nameless_worker_that_keeps_its_key_gets_its_slot_again(tmp_path: Path) -> None:
+    """Also from a server that was started again, and while the slot counts as occupied."""
+    kept: dict[str, Any] = {"state_dir": tmp_path / "kept"}
+    async with serving(tmp_path, rounds=50) as served:
+        one = asyncio.create_task(worker(served.address, "worker-0"))
+        nameless = asyncio.create_task(worker(served.address, "", **kept))
+        await served.reached(2)
+    server = {"resume": True, "port": int(served.address.rpartition(":")[2])}
+    nameless.cancel()
+    await asyncio.gather(nameless, return_exceptions=True)
+    async with serving(tmp_path, server=server, rounds=50) as served:
+        await asyncio.gather(one, worker(served.address, "", **kept))
+        assert {tuple(record["workers"]) for record in served.records()} == {(0, 1)}
+
+
+async def test_kept_feedback_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    kept = KeptState(tmp_path / "kept")
+    assert kept.lease_key() == KeptState(tmp_path / "kept").lease_key() != KeptState(None).lease_key()
+    codec = ditherps.codec(FEEDBACK["codec"], **FEEDBACK["codec_options"])
+    feedback, again = ErrorFeedback(codec, 10), ErrorFeedback(codec, 10)
+    feedback.encode(torch.arange(10.0), Address(1, 2, 3, Domain.UPDATE))
+    kept.save(feedback, "job")
+    kept.restore(again, "another job")
+    assert again.pending is None
+    kept.restore(again, "job")
+    assert again.pending == feedback.pending
+    assert torch.equal(again.corrected, feedback.corrected)
+    path = tmp_path / "kept" / "feedback.safetensors"
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-1], b"\xff" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            kept.restore(again, "job")
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match="does not fit"):
+        kept.restore(ErrorFeedback(codec, 11), "job")
 
 
 async def test_feedback_with_a_codec_that_cannot_have_it(tmp_path: Path) -> None:

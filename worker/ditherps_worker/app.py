@@ -18,6 +18,7 @@ import ditherps
 from ditherps import wire
 from ditherps.config import JobConfig, WorkerConfig
 from ditherps.errors import ExitCode, OptionError, Reason, RefusedError, UnreachableError
+from ditherps.files import claimed
 from ditherps.memory import keep_freed_memory
 from ditherps.metrics import DOWN, UP, WorkerMetrics
 from ditherps.tasks import load_task, task_names
@@ -40,7 +41,8 @@ def run_worker(config: WorkerConfig) -> ExitCode:
     if config.server.startswith("@"):
         address = announced(Path(config.server[1:]), config.connect_timeout_seconds)
         config = config.model_copy(update={"server": address})
-    return uvloop.run(_work(config, device))
+    with claimed(config.state_dir) if config.state_dir else contextlib.nullcontext():
+        return uvloop.run(_work(config, device))
 
 
 def pick_device(name: str) -> torch.device:

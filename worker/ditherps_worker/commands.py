@@ -21,6 +21,7 @@ def worker(
     device: options.Device = None,
     config: options.Config = None,
     data_dir: options.DataDir = None,
+    state_dir: options.StateDir = None,
     metrics_host: options.MetricsHost = None,
     metrics_port: options.MetricsPort = None,
     certs: options.Certs = None,
@@ -40,8 +41,8 @@ def worker(
     file = read_job_file(config) if config is not None else {}
     given: dict[str, Any] = {
         "server": server, "name": name, "task": task if task is not None else file.get("task"), "device": device,
-        "data_dir": data_dir, "metrics_host": metrics_host, "metrics_port": metrics_port, "certs": certs,
-        "token": token, "insecure": insecure,
+        "data_dir": data_dir, "state_dir": state_dir, "metrics_host": metrics_host,
+        "metrics_port": metrics_port, "certs": certs, "token": token, "insecure": insecure,
     }  # fmt: skip
     flags = {key: value for key, value in given.items() if value is not None}
     settings = validated(WorkerConfig, merged(file.get("worker", {}), flags))

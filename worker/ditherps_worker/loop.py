@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import random
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from ditherps.v1 import types_pb2
 from ditherps_worker.client import Client, PushStats
 from ditherps_worker.compute import Computer
 from ditherps_worker.held import HeldModel
+from ditherps_worker.kept import KeptState
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,8 @@ class Loop:
     ) -> None:
         self._config, self._client, self._metrics = config, client, metrics
         self._make_computer = make_computer
-        self._lease_key = secrets.token_bytes(16)
+        self._kept = KeptState(config.state_dir)
+        self._lease_key = self._kept.lease_key()
         self._computer: Computer | None = None
         self._held: HeldModel | None = None
         self._epoch = self._index = 0
@@ -194,6 +195,7 @@ class Loop:
         self._codec = self._codec.for_layout(layout)
         if job.error_feedback:
             self._feedback = ErrorFeedback(self._codec, layout.coordinates)
+            await asyncio.to_thread(self._kept.restore, self._feedback, joined.fence.job_id)
         self._job_id, self._index, self._epoch = joined.fence.job_id, joined.index, joined.fence.server_epoch
         log.info("joined job %s as worker %d of %d", self._job_id, joined.index, job.workers)
 
@@ -318,6 +320,12 @@ class Loop:
         )  # fmt: skip
         self._evaluated = self._epoch, version
 
+    def _keep(self, feedback: ErrorFeedback) -> None:
+        try:
+            self._kept.save(feedback, self._job_id)
+        except OSError as error:
+            log.warning("error feedback is not kept, and would be lost with this process: %s", error)
+
     def _contribution(
         self, job: JobConfig, index: int, plan: types_pb2.RoundPlan, identity: tuple[int, int, int, int]
     ) -> Encoded:
@@ -334,6 +342,7 @@ class Loop:
                 # It did not enter: the server says so of a round that has ended, and always tells the last that did.
                 self._feedback.commit(included=False)
             encoded, vector = self._feedback.encode(vector, address, name=name_at), self._feedback.corrected
+            self._keep(self._feedback)
         encode_seconds = time.perf_counter() - began
         energy = float(torch.dot(vector, vector))
         nmse = codec.expected_squared_error(encoded) / energy if energy > 0 else math.nan

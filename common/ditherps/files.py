@@ -1,4 +1,4 @@
-"""Files that survive a crash whole or not at all, and a run folder that belongs to one server."""
+"""Files that survive a crash whole or not at all, and folders that belong to one process."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> int:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Keep other servers out of a run folder, which is made if it is not there, until the context or the process ends.
+    """Keep other processes out of a folder, which is made if it is not there, until the context or the process ends.
 
-    Raises `UserError` where another process has it.
+    Raises `UserError` where another has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK_FILE).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another server runs in {folder}: end it, or choose another --run-dir") from None
+            raise UserError(f"another process uses the folder {folder}: end it, or choose another folder") from None
         yield
 
 
