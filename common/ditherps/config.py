@@ -302,6 +302,8 @@ class ServerConfig(_Config):
     durability: Literal["round", "none"] = "round"
     """round: a contribution is acknowledged, and a round closed, when it is on disk: a server that is killed loses
     nothing that it had acknowledged. none: it loses the rounds since its checkpoint."""
+    redo_bytes: int = Field(1 << 30, ge=1)
+    """Length of the redo log above which a checkpoint is written sooner, which cuts the log."""
     certs: Path | None = None
     """Folder with ca.pem, cert.pem and key.pem: workers have to show a certificate of this authority."""
     token_file: Path | None = None

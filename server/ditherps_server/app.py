@@ -130,9 +130,10 @@ async def serve_in(
     port = _bind(server, config, files)
     if files is not None:
         metrics.watch_certificates(files.files.expiry)
+    nothing_lost = restored.log_bytes > 0 and config.durability == "round"
+    recorder.start(job, model.version, restored.records, nothing_lost=nothing_lost)
     saver.begin(restored.leases, restored.entered, accounts.saved(time.monotonic()))
     begin_log(redo, redo_path, restored)
-    recorder.start(job, model.version, restored.records)
     await server.start()
     for name in ("", wire.SERVICE.full_name):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)

@@ -202,15 +202,26 @@ class Coordinator:
             raise
         announcement = contribution.announcement
         self._check_open(contribution)
-        if not contribution.whole:
-            record = Contributed(announcement=announcement, accounts=self.accounts.saved(self._clock()))
-            await self._durable(self._redo.append(record, [contribution.content], kept=False))
-            self._check_open(contribution)
+        await self._write_down(contribution)
+        self._check_open(contribution)
         if not self._staging.commit(contribution):
             return False
         self.accounts.arrived(announcement)
         self._handle(rounds.Delivered(announcement.index))
         return True
+
+    async def _write_down(self, contribution: Contribution) -> None:
+        # Once: what is being written must not change, and memory is used again when its contribution is whole.
+        if contribution.whole:
+            return
+        if contribution.written is None:
+            record = Contributed(announcement=contribution.announcement, accounts=self.accounts.saved(self._clock()))
+            contribution.written = self._redo.append(record, [contribution.content], kept=False)
+        try:
+            await self._durable(contribution.written)
+        except RefusedError:
+            contribution.written = None
+            raise
 
     def _check_open(self, contribution: Contribution) -> None:
         """Raises `RefusedError` unless the contribution can still enter."""
@@ -315,6 +326,7 @@ class Coordinator:
         if not await asyncio.to_thread(self.save):
             return
         try:
+            await asyncio.to_thread(self._recorder.sync)
             await self._redo.cut(leases(self.members.leases))
         except OSError as error:
             log.error("redo log not cut: %s", error)
@@ -441,7 +453,7 @@ class Coordinator:
         self._recorder.add(record)
         entered = Entered(plan.round, plan.attempt, record.version, len(action.members))
         self._entered.update(dict.fromkeys(action.members, entered))
-        if self.saver.due(record.version):
+        if self.saver.due(record.version, self._redo.nbytes):
             await self._checkpoint()
         self._end_round(plan, members=action.members)
         self._handle(rounds.Applied(self.model.version))

@@ -126,17 +126,26 @@ class Recorder:
     listeners: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
     _unwritten: list[str] = field(default_factory=list)
 
-    def start(self, job: JobConfig, version: int = 0, again: Sequence[RoundRecord] = ()) -> None:
+    def start(
+        self, job: JobConfig, version: int = 0, again: Sequence[RoundRecord] = (), *, nothing_lost: bool = False
+    ) -> None:
         """Write the resolved job file; keep the records of the rounds up to `version`, with which the run goes on.
 
-        `again`: records of rounds that were applied again; what is there of them stays as it is.
+        `again`: records of rounds that were applied again; what is there of them stays as it is. Raises `UserError`
+        for damaged records, and with `nothing_lost` where later rounds have been recorded.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         for leftover in ("result.json", "model.safetensors"):
             (self.run_dir / leftover).unlink(missing_ok=True)
         (self.run_dir / "job.toml").write_text(tomli_w.dumps(job.model_dump(mode="json")))
+        found = self._found() if version else {}
+        if nothing_lost and found and max(found) > version:
+            raise UserError(
+                f"{self.run_dir} has records of rounds up to version {max(found)}, but its redo log ends at {version}: "
+                "it is damaged; put back a good copy, or go on from there with --durability none"
+            )
+        kept = {number: line for number, line in found.items() if number <= version}
         unfinished = self.run_dir / "rounds.jsonl.part"
-        kept = {json.loads(line)["version"]: line for line in self._kept(version)}
         for record in again:
             line = kept.setdefault(record.version, json.dumps(asdict(record)) + "\n")
             if json.loads(line)["w_digest"] != record.w_digest:
@@ -144,14 +153,19 @@ class Recorder:
         unfinished.write_text("".join(kept[version] for version in sorted(kept)))
         unfinished.replace(self.run_dir / "rounds.jsonl")
 
-    def _kept(self, version: int) -> list[str]:
-        """The lines of rounds up to `version`: one may be half written, or of a round that will be run again."""
+    def _found(self) -> dict[int, str]:
+        """The lines that are there, by version; the last may be half written, and is left out then."""
         records = self.run_dir / "rounds.jsonl"
-        lines = records.read_text().splitlines(keepends=True) if version and records.exists() else []
+        lines = records.read_text().splitlines(keepends=True) if records.exists() else []
         try:
-            return [line for line in lines if line.endswith("\n") and json.loads(line)["version"] <= version]
+            return {json.loads(line)["version"]: line for line in lines if line.endswith("\n")}
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{records} is damaged: move it away, or begin anew without --resume") from None
+
+    def sync(self) -> None:
+        """Returns when what has been added is on disk; raises `OSError`."""
+        with (self.run_dir / "rounds.jsonl").open("rb") as file:
+            os.fsync(file.fileno())
 
     def add(self, record: RoundRecord) -> None:
         """Append one round. The run goes on where there is no room for it: it is written with a later one."""

@@ -132,6 +132,11 @@ class RedoLog:
         self._writing: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are on disk."""
+        return self._end
+
     def begin(self, records: Sequence[Record] = ()) -> None:
         """Begin anew with these records, in place of the file that may be there; raises `OSError`."""
         content = b"".join(part for record in (Began(job_id=self._job_id), *records) for part in _parts(record))
@@ -211,6 +216,8 @@ class RedoLog:
 
 class NoLog:
     """In place of a redo log where none is wanted."""
+
+    nbytes = 0
 
     def begin(self, records: Sequence[Record] = ()) -> None:
         """Nothing."""

@@ -80,6 +80,7 @@ class Saver:
     ) -> None:
         self._path = config.run_dir / CHECKPOINT_FILE
         self._every = config.checkpoint_every or max(LEAST_ROUNDS_BETWEEN, job.rounds // CHECKPOINTS_IN_A_RUN)
+        self._redo_bytes = config.redo_bytes
         self._job, self._origin, self._model, self._optimizer = job, origin, model, optimizer
         self.initial_digest = origin.initial_digest or model.digest
 
@@ -100,9 +101,9 @@ class Saver:
         except OSError as error:
             raise UserError(f"{self._path} cannot be written: {error.strerror}") from None
 
-    def due(self, version: int) -> bool:
-        """Whether a checkpoint belongs after the round that made `version`."""
-        return version % self._every == 0
+    def due(self, version: int, redo_bytes: int) -> bool:
+        """Whether a checkpoint belongs after the round that made `version`, with a redo log of this length."""
+        return version % self._every == 0 or redo_bytes > self._redo_bytes
 
     def save(self, leases: Mapping[int, bytes], entered: Mapping[int, Entered], totals: Mapping[str, Any]) -> float:
         """Write the present state; returns the seconds it took. Nothing may change the model meanwhile."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +44,8 @@ class Contribution:
     content: memoryview
     receiver: Receiver
     whole: bool = False
+    written: Awaitable[None] | None = None
+    """Its way to the disk, once it is checked: one for all streams that may deliver it."""
     stream: object | None = field(default_factory=object)
     """The stream that may write: a newer one takes over, and none may once the round is over."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ditherps
 from ditherps import wire
-from ditherps.config import JobConfig, LocalConfig, SplitConfig, WorkerConfig
+from ditherps.config import JobConfig, LocalConfig, ServerConfig, SplitConfig, WorkerConfig
 from ditherps.dither import Address, Domain
 from ditherps.errors import OptionError, Reason, RefusedError, RunFailedError, UnreachableError, UserError
 from ditherps.feedback import ErrorFeedback
@@ -28,6 +28,8 @@ from ditherps.tasks import Samples, Task
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 from ditherps_server import checkpoint
+from ditherps_server.app import serve
+from ditherps_server.redo import RedoLog
 from ditherps_worker.client import Client, PushStats
 from ditherps_worker.compute import Computer
 from ditherps_worker.kept import KeptState
@@ -192,6 +194,50 @@ async def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
                 pass
 
 
+async def test_a_log_that_could_not_be_cut_after_its_checkpoint_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fails(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    options: dict[str, Any] = {"rounds": 9, "server": {"checkpoint_every": 2}}
+    with monkeypatch.context() as patched:
+        patched.setattr(RedoLog, "cut", fails)
+        served = await cut_off(tmp_path, 5, **options)
+    options["server"] |= {"resume": True}
+    async with serving(tmp_path, workers=1, **options) as again:
+        assert len(again.records()) >= 5
+        await worker(again.address, "worker-0")
+        result = await again.running
+    assert result.model_sha256 == simulated(served.job, Tiny())
+    records = again.records()
+    assert [record["version"] for record in records] == list(range(1, 10))
+    assert result.uplink_bytes >= records[-1]["uplink_total_bytes"] == sum(one["uplink_bytes"] for one in records)
+
+
+async def test_a_damaged_log_is_refused_where_something_would_be_lost(tmp_path: Path) -> None:
+    await cut_off(tmp_path, 5, server={"checkpoint_every": 100}, rounds=9)
+    path = tmp_path / "redo.log"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="redo log ends at"):
+        async with serving(tmp_path, server={"resume": True}, workers=1, rounds=9):
+            pass
+    lossy = {"resume": True, "durability": "none"}
+    async with serving(tmp_path, server=lossy, workers=1, rounds=9) as again:
+        await worker(again.address, "worker-0")
+        assert (await again.running).model_sha256 == simulated(again.job, Tiny())
+
+
+async def test_two_servers_do_not_share_a_run_folder(tmp_path: Path) -> None:
+    async with serving(tmp_path, workers=1) as served:
+        config = ServerConfig(run_dir=tmp_path, port=0, metrics_port=-1)
+        with pytest.raises(UserError, match="another process uses the folder"):
+            await serve(served.job, config, Tiny())
+        await worker(served.address, "worker-0")
+
+
 async def test_resume_without_a_checkpoint_begins_the_job(tmp_path: Path) -> None:
     async with serving(tmp_path, server={"resume": True}, workers=1) as served:
         result = await worker(served.address, "worker-0")
@@ -332,7 +378,7 @@ def said(caplog: pytest.LogCaptureFixture, text: str) -> Callable[[], bool]:
 
 
 async def test_feedback_of_a_late_contribution_is_as_if_it_had_not_been_made(tmp_path: Path) -> None:
-    options = {"quorum": 0.5, "round_deadline_seconds": 1.5, "idle_timeout_seconds": 1.0}
+    options: dict[str, Any] = {"quorum": 0.5, "round_deadline_seconds": 1.5, "idle_timeout_seconds": 1.0}
     async with waiting_in_round_1(tmp_path, **options) as (served, gated, tasks):
         await until(served, lambda: len(served.records()) >= 2)
         gated.gate.set()
@@ -350,7 +396,7 @@ async def test_feedback_of_a_late_contribution_is_as_if_it_had_not_been_made(tmp
 async def test_feedback_waits_for_the_round_that_is_opened_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = {"round_deadline_seconds": 1.5, "idle_timeout_seconds": 1.0}
+    options: dict[str, Any] = {"round_deadline_seconds": 1.5, "idle_timeout_seconds": 1.0}
     async with waiting_in_round_1(tmp_path, **options) as (served, gated, tasks):
         await until(served, said(caplog, "abandoned round=1 attempt=0"))
         gated.gate.set()
