@@ -29,7 +29,8 @@ class How(enum.StrEnum):
     CLOSE = "close"
     """Both connections are closed (FIN): one end sees a stream that is too short."""
     SILENCE = "silence"
-    """Nothing: what either end sends is swallowed until the link is healed, which resets the connections."""
+    """Nothing: what either end sends on the connections that there are is swallowed, until they are reset by `heal`.
+    New ones get through, as past a firewall that has forgotten the old ones."""
 
 
 class Way(enum.StrEnum):
@@ -51,6 +52,8 @@ class Cut:
     downlink_bytes: int
     connections: int
     """That it broke."""
+    at_seconds: float
+    """Of the monotonic clock."""
 
 
 @dataclass(slots=True)
@@ -95,17 +98,22 @@ class Link:
         self.bytes_per_second = 0.0
         self.cuts: list[Cut] = []
         """That have fired, in their order."""
-        self.connections = 0
-        """That have come so far."""
+        self.connected_at_seconds: list[float] = []
+        """When each connection came, on the monotonic clock."""
         self._bytes = {Way.UP: 0, Way.DOWN: 0}
         self._planned: deque[_Planned] = deque()
         self._open: set[_Connection] = set()
-        self._silent = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._server: asyncio.Server = self._call(self._listen)
         self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    @property
+    def pauses_seconds(self) -> list[float]:
+        """From each cut to the next connection, as far as there has been one."""
+        ends = [next((at for at in self.connected_at_seconds if at > cut.at_seconds), None) for cut in self.cuts]
+        return [end - cut.at_seconds for end, cut in zip(ends, self.cuts, strict=True) if end is not None]
 
     @property
     def uplink_bytes(self) -> int:
@@ -137,10 +145,9 @@ class Link:
         self._call(plan)
 
     def heal(self) -> None:
-        """End a silence: connections that lost bytes in it are reset, new ones get through."""
+        """End a silence: the connections that it swallowed are reset."""
 
         async def now() -> None:
-            self._silent = False
             for connection in list(self._open):
                 if connection.silent:
                     connection.end(reset=True)
@@ -178,8 +185,8 @@ class Link:
         except OSError:
             client.transport.abort()
             return
-        self.connections += 1
-        connection = _Connection(client, server, silent=self._silent)
+        self.connected_at_seconds.append(time.monotonic())
+        connection = _Connection(client, server)
         self._open.add(connection)
         connection.tasks += [
             asyncio.create_task(self._relay(connection, Way.UP, reader, server)),
@@ -252,8 +259,7 @@ class Link:
 
     def _cut(self, how: How, way: Way | None) -> None:
         broken = [connection for connection in self._open if not connection.silent]
-        self.cuts.append(Cut(how, way, self.uplink_bytes, self.downlink_bytes, len(broken)))
-        self._silent = self._silent or how is How.SILENCE
+        self.cuts.append(Cut(how, way, self.uplink_bytes, self.downlink_bytes, len(broken), time.monotonic()))
         for connection in broken:
             if how is How.SILENCE:
                 connection.silent = True

@@ -98,13 +98,14 @@ def test_cuts_count_from_each_other(sink: Sink, link: Link) -> None:
             client.sendall(bytes(10 * (number + 1)))
             wait_until(lambda n=number: len(sink.ends) > n, 10, "the cut")
     assert [len(got) for got in sink.got] == [10, 20, 30]
-    assert len(link.cuts) == link.connections == 3
+    assert len(link.cuts) == len(link.connected_at_seconds) == 3
     with connected(link) as client:  # and then the link holds
         client.sendall(DATA)
         client.shutdown(socket.SHUT_WR)
         wait_until(lambda: len(sink.ends) == 4, 10, "the end")
     assert sink.got[3] == DATA
     assert link.uplink_bytes == 60 + len(DATA)
+    assert len(link.pauses_seconds) == 3
 
 
 def test_a_cut_of_the_downlink_and_one_on_command(sink: Sink, link: Link) -> None:
@@ -119,7 +120,7 @@ def test_a_cut_of_the_downlink_and_one_on_command(sink: Sink, link: Link) -> Non
     assert [cut.way for cut in link.cuts] == [Way.DOWN, None]
 
 
-def test_silence_swallows_until_it_is_healed(sink: Sink, link: Link) -> None:
+def test_silence_swallows_what_connections_send_until_they_are_reset(sink: Sink, link: Link) -> None:
     with connected(link) as client:
         client.sendall(b"before")
         wait_until(lambda: sink.got == [b"before"], 10)

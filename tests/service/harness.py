@@ -109,6 +109,16 @@ class Cluster:
         output, error = process.communicate(timeout=timeout)
         return process.returncode, output, error
 
+    def records(self) -> list[dict[str, Any]]:
+        """The rounds that have closed, as far as they are written."""
+        path = self.run_dir / "rounds.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def reached(self, version: int, seconds: float = 120.0) -> None:
+        """Returns when the round that makes this version has been recorded."""
+        wait_until(lambda: (found := self.records()) and found[-1]["version"] >= version, seconds, f"version {version}")
+
     def result(self) -> dict[str, Any]:
         """The result of a server that ended well."""
         code, output, error = self.finish("server")
