@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.forked import start_forked
 from tests.service.harness import Cluster
 from tests.worker.conftest import _deterministic as _deterministic
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """Real processes, with logs beside their run folder; all are gone afterwards."""
+    """Real processes that start quickly, in a run folder of their own; all are gone afterwards."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    cluster = Cluster(run_dir)
+    cluster = Cluster(run_dir, start_forked)
     yield cluster
     cluster.close()

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,10 @@ def wait_until(condition: Any, seconds: float = START_SECONDS, what: str = "") -
 class Cluster:
     """A server and workers, started one by one; all are gone when it closes."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, start: Callable[..., subprocess.Popen[str]] = start) -> None:
+        """`start`: how a process begins."""
         self.run_dir = run_dir
+        self._start = start
         self.address = ""
         self.metrics_port = 0
         self.processes: dict[str, subprocess.Popen[str]] = {}
@@ -77,7 +79,7 @@ class Cluster:
         (self.run_dir / "server.json").unlink(missing_ok=True)
         port = self.address.rpartition(":")[2] or 0
         asked = ["server", "--run-dir", self.run_dir, "--port", port, "--metrics-port", 0, "--json", *arguments]
-        self.processes["server"] = start(asked, **options)
+        self.processes["server"] = self._start(asked, **options)
         return self.processes["server"]
 
     def await_server(self) -> None:
@@ -95,7 +97,7 @@ class Cluster:
     def worker(self, name: str, *arguments: object, server: str = "", **options: Any) -> subprocess.Popen[str]:
         """Start a worker; options as of `start`."""
         asked = ["worker", "--server", server or self.address, "--name", name, *arguments]
-        self.processes[name] = start(asked, **options)
+        self.processes[name] = self._start(asked, **options)
         return self.processes[name]
 
     def kill(self, name: str) -> None:
