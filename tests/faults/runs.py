@@ -37,11 +37,12 @@ class Run:
         with self.log("server").open("a") as log:
             self.cluster.begin_server("--config", self._file, *arguments, stderr=log, **options)
 
-    def worker(self, index: int, **options: Any) -> None:
+    def worker(self, index: int, *arguments: object, **options: Any) -> None:
         """Start a worker."""
         name = self.job.config.member_table[index]
         with self.log(name).open("a") as log:
-            self.cluster.worker(name, "--config", self._file, "--data-dir", self.folder, stderr=log, **options)
+            asked = ("--config", self._file, "--data-dir", self.folder, *arguments)
+            self.cluster.worker(name, *asked, stderr=log, **options)
 
     def workers(self) -> None:
         """Start all of them."""

@@ -12,10 +12,10 @@ from tests.service.harness import run, wait_until
 
 def test_the_command_line_as_ever() -> None:
     forked = start_forked(["--version"])
-    assert forked.communicate(60) == (run(["--version"]).stdout, "")
+    assert forked.communicate(timeout=60) == (run(["--version"]).stdout, "")
     assert forked.returncode == 0
     wrong = start_forked(["server", "--codec", "none-such"])
-    assert "none-such" in wrong.communicate(60)[1]
+    assert "none-such" in wrong.communicate(timeout=60)[1]
     assert wrong.returncode == 2
 
 
