@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+
+import torch
+
 import ditherps
-import ditherps.commands
 from ditherps import kernels
 
+for _module in (
+    "ditherps.commands", "ditherps.job", "ditherps.plots", "ditherps_server.app", "ditherps_server.commands",
+    "ditherps_server.run", "ditherps_worker.app", "ditherps_worker.commands", "tests.faults.points",
+    "tests.faults.tasks",
+):  # fmt: skip
+    importlib.import_module(_module)
 for _name in ("dqsg", "ndqsg", "none"):
     kernels.warm(ditherps.codec(_name))
+torch.optim.SGD([torch.zeros(1)], lr=1.0)  # the first optimizer imports torch's compiler

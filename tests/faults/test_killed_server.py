@@ -40,16 +40,17 @@ def test_a_server_killed_at_random_moments(cluster: Cluster, faults_in_full: boo
     choice = random.Random(kills)
     run = Run(cluster, rounds=20 * kills, **JOB)
     run.pace(0.05)
-    run.begin_server(*CHECKPOINT)
-    for kill in range(kills):
-        if kill == 0 or choice.random() < 0.8:
+    run.server(*CHECKPOINT)
+    run.workers()
+    cluster.reached(1)
+    for _ in range(kills):
+        if choice.random() < 0.8:  # while rounds go on
             cluster.await_server()
-            if kill == 0:
-                run.workers()
-                cluster.reached(1)
-            time.sleep(choice.uniform(0.0, 1.5))
-        else:
-            time.sleep(choice.uniform(0.0, 4.0))  # while it starts
+            version = cluster.records()[-1]["version"] if cluster.records() else 0
+            cluster.reached(version + 1)
+            time.sleep(choice.uniform(0.0, 0.5))
+        else:  # while it starts, or waits for its workers
+            time.sleep(choice.uniform(0.0, 2.0))
         process = cluster.processes["server"]
         cluster.kill("server")
         assert process.returncode == -signal.SIGKILL
