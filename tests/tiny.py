@@ -46,6 +46,7 @@ class Tiny(Task):
         "linear": ModelSpec(_linear, _as_stored, _RECIPE),
         "norm": ModelSpec(_norm, _noisy, _RECIPE),
         "wide": ModelSpec(partial(_wide, 1000), _noisy, _RECIPE),
+        "broad": ModelSpec(partial(_wide, 50_000), _noisy, _RECIPE),
     }
 
     def load(self, data_dir: Path | None, *, train: bool) -> Samples:

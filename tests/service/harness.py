@@ -1,22 +1,22 @@
-"""Real servers and workers as processes, and a proxy that counts what goes through a link."""
+"""Real servers and workers as processes."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-import selectors
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 START_SECONDS = 60.0
+ROOT = Path(__file__).parents[2]
+"""Where `tests` can be imported from."""
+DITHERPS = (sys.executable, "-m", "ditherps")
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -27,18 +27,16 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "NO_COLOR": "1", "COLUMNS": "200", **extra}
 
 
-def start(arguments: Sequence[object], **options: Any) -> subprocess.Popen[str]:
-    """Start `ditherps ARGUMENTS`."""
+def start(arguments: Sequence[object], program: Sequence[str] = DITHERPS, **options: Any) -> subprocess.Popen[str]:
+    """Start `ditherps ARGUMENTS`; `program` may put it in another place, or faults into it."""
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen(
-        [sys.executable, "-m", "ditherps", *map(str, arguments)], text=True, env=environment(), **streams
-    )
+    return subprocess.Popen([*program, *map(str, arguments)], text=True, cwd=ROOT, env=environment(), **streams)
 
 
 def run(arguments: Sequence[object], timeout: float = 100.0, **extra: str) -> subprocess.CompletedProcess[str]:
     """Run `ditherps ARGUMENTS` to its end."""
     return subprocess.run(
-        [sys.executable, "-m", "ditherps", *map(str, arguments)],
+        [*DITHERPS, *map(str, arguments)],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, env=environment(**extra),
         check=False,
     )  # fmt: skip
@@ -63,19 +61,30 @@ def wait_until(condition: Any, seconds: float = START_SECONDS, what: str = "") -
 class Cluster:
     """A server and workers, started one by one; all are gone when it closes."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, start: Callable[..., subprocess.Popen[str]] = start) -> None:
+        """`start`: how a process begins."""
         self.run_dir = run_dir
+        self._start = start
         self.address = ""
         self.metrics_port = 0
         self.processes: dict[str, subprocess.Popen[str]] = {}
 
-    def server(self, *arguments: object) -> None:
+    def server(self, *arguments: object, **options: Any) -> None:
         """Start the server and wait until it listens: at the port that it had before, or at any."""
+        self.begin_server(*arguments, **options)
+        self.await_server()
+
+    def begin_server(self, *arguments: object, **options: Any) -> subprocess.Popen[str]:
+        """Start the server; options as of `start`."""
         (self.run_dir / "server.json").unlink(missing_ok=True)
         port = self.address.rpartition(":")[2] or 0
-        process = self.processes["server"] = start(
-            ["server", "--run-dir", self.run_dir, "--port", port, "--metrics-port", 0, "--json", *arguments]
-        )
+        asked = ["server", "--run-dir", self.run_dir, "--port", port, "--metrics-port", 0, "--json", *arguments]
+        self.processes["server"] = self._start(asked, **options)
+        return self.processes["server"]
+
+    def await_server(self) -> None:
+        """Returns when the server listens."""
+        process = self.processes["server"]
 
         def listening() -> bool:
             assert process.poll() is None, process.stderr and process.stderr.read()
@@ -86,9 +95,9 @@ class Cluster:
         self.address, self.metrics_port = announced["address"], announced["metrics_port"]
 
     def worker(self, name: str, *arguments: object, server: str = "", **options: Any) -> subprocess.Popen[str]:
-        """Start a worker."""
+        """Start a worker; options as of `start`."""
         asked = ["worker", "--server", server or self.address, "--name", name, *arguments]
-        self.processes[name] = start(asked, **options)
+        self.processes[name] = self._start(asked, **options)
         return self.processes[name]
 
     def kill(self, name: str) -> None:
@@ -101,6 +110,16 @@ class Cluster:
         process = self.processes[name]
         output, error = process.communicate(timeout=timeout)
         return process.returncode, output, error
+
+    def records(self) -> list[dict[str, Any]]:
+        """The rounds that have closed, as far as they are written."""
+        path = self.run_dir / "rounds.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def reached(self, version: int, seconds: float = 120.0) -> None:
+        """Returns when the round that makes this version has been recorded."""
+        wait_until(lambda: (found := self.records()) and found[-1]["version"] >= version, seconds, f"version {version}")
 
     def result(self) -> dict[str, Any]:
         """The result of a server that ended well."""
@@ -115,68 +134,3 @@ class Cluster:
                 process.send_signal(signal.SIGKILL)
             with contextlib.suppress(ValueError):
                 process.communicate()
-
-
-class CountingProxy:
-    """A TCP proxy that counts the payload bytes of both directions."""
-
-    def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self.uplink_bytes = self.downlink_bytes = 0
-        self._lock = threading.Lock()
-        self._stopping = False
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            thread = threading.Thread(target=self._relay, args=(client,), daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
-    def _relay(self, client: socket.socket) -> None:
-        with contextlib.suppress(ConnectionError), client, socket.create_connection(self._target) as server:
-            self._pump(client, server)
-
-    def _pump(self, client: socket.socket, server: socket.socket) -> None:
-        with selectors.DefaultSelector() as ready:
-            ready.register(client, selectors.EVENT_READ, (server, True))
-            ready.register(server, selectors.EVENT_READ, (client, False))
-            while not self._stopping:
-                for key, _ in ready.select(timeout=0.2):
-                    source, (sink, up) = key.fileobj, key.data
-                    assert isinstance(source, socket.socket)
-                    try:
-                        data = source.recv(1 << 16)
-                        sink.sendall(data)
-                    except OSError:
-                        return
-                    if not data:
-                        return
-                    with self._lock:
-                        self.uplink_bytes += len(data) * up
-                        self.downlink_bytes += len(data) * (not up)
-
-    def close(self) -> None:
-        """Stop relaying."""
-        self._stopping = True
-        self._listener.close()
-        for thread in self._threads[1:]:
-            thread.join(5)
-
-
-@contextlib.contextmanager
-def counting_proxy(target: str) -> Iterator[CountingProxy]:
-    """A proxy in front of `target` (HOST:PORT), closed at the end."""
-    proxy = CountingProxy(target)
-    try:
-        yield proxy
-    finally:
-        proxy.close()

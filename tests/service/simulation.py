@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,7 +23,28 @@ from ditherps_server.rounds import assign_roles
 from ditherps_worker.compute import Computer
 
 
-def simulated(job: JobConfig, task: Task, members: Sequence[Collection[int]] = ()) -> str:
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Who took part in a round, in the attempt that closed it."""
+
+    members: Collection[int]
+    """Whose contributions entered."""
+    invited: tuple[int, ...]
+    """On whom the roles depend, ascending."""
+    attempt: int = 0
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Taken:
+        """As a record of `rounds.jsonl` says it: who was invited is either in, or named as absent."""
+        absent = [int(index) for index in record["absent"]]
+        return cls(record["workers"], tuple(sorted([*record["workers"], *absent])), record["attempt"])
+
+
+Participation = Sequence[Taken | Collection[int]]
+"""Round by round; indices alone: the members, where all workers were invited."""
+
+
+def simulated(job: JobConfig, task: Task, members: Participation = ()) -> str:
     """The SHA-256 of the job's model, as `simulated_model`."""
     return simulated_model(job, task, members).sha256
 
@@ -29,19 +52,19 @@ def simulated(job: JobConfig, task: Task, members: Sequence[Collection[int]] = (
 def simulated_model(
     job: JobConfig,
     task: Task,
-    members: Sequence[Collection[int]] = (),
+    members: Participation = (),
     tamper: Callable[[int, torch.Tensor], torch.Tensor] = lambda _, vector: vector,
 ) -> ServerModel:
     """The job's model. Set torch as a worker does (`make_deterministic`) before.
 
-    `members`: the workers whose contributions entered, round by round; default all of them in each.
+    `members`: the workers whose contributions entered; default all of them in each round.
     `tamper(index, vector)`: what a worker encodes in place of its update.
     """
     model = ServerModel(task.build(job.model or None, job.seed))
     codec = ditherps.codec(job.codec, **job.codec_options).for_layout(model.layout)
     computers = [Computer(job, index, task, None, torch.device("cpu")) for index in range(job.workers)]
     fraction = getattr(codec.options, "side_fraction", 1.0) if Role.NESTED in codec.roles else 1.0
-    roles = assign_roles(tuple(range(job.workers)), fraction)
+    everybody = tuple(range(job.workers))
     optimizer = ServerOptimizer(model.x, job.optimizer, job.schedule, job.rounds)
     down = downlink_codec(job.downlink, codec)
     broadcast = Broadcast(job.downlink, job.seed, model, down and down.for_layout(model.layout))
@@ -49,14 +72,18 @@ def simulated_model(
     feedback = [ErrorFeedback(codec, model.x.numel()) for _ in computers] if job.error_feedback else []
     for round_ in range(job.rounds):
         senders, buffers, weights = [], [], []
+        taken = members[round_] if members else everybody
+        if not isinstance(taken, Taken):
+            taken = Taken(taken, everybody)
+        roles = assign_roles(taken.invited, fraction)
         for index, computer in enumerate(computers):
-            if members and index not in members[round_]:
+            if index not in taken.members:
                 continue
             with torch.no_grad():
                 computer.model.flat.copy_(model.w)
             computer.model.load_buffers(model.buffers)
             mine = computer.update(round_)
-            address = Address(job.seed, round_, index, Domain.UPDATE)
+            address = Address(job.seed, round_, index, Domain.UPDATE, taken.attempt)
             used = codec.for_role(roles[index])
             encoded = (feedback[index] if feedback else used).encode(tamper(index, mine.vector), address)
             senders.append(Sender(roles[index], used, encoded, address, float(mine.samples)))

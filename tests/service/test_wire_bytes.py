@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.harness import Cluster, counting_proxy
+from tests.faults.link import link_to
+from tests.service.harness import Cluster
 
 
 def compare(tmp_path: Path, *job: object) -> tuple[float, float, dict[str, float]]:
@@ -15,7 +16,7 @@ def compare(tmp_path: Path, *job: object) -> tuple[float, float, dict[str, float
     cluster = Cluster(tmp_path)
     try:
         cluster.server("--workers", 2, *job)
-        with counting_proxy(cluster.address) as proxy:
+        with link_to(cluster.address) as proxy:
             for index in range(2):
                 cluster.worker(f"worker-{index}", server=proxy.address)
             result = cluster.result()
