@@ -89,9 +89,9 @@ class Coordinator:
 
     # What the service asks for.
 
-    def join(self, name: str, lease_key: bytes) -> Session:
-        """Let a worker in; raises `RefusedError` if it may not."""
-        session = self.members.join(name, lease_key, occupied=frozenset(self._state.present))
+    def join(self, name: str, lease_key: bytes, samples: int) -> Session:
+        """Let a worker in whose contributions hold `samples` each; raises `RefusedError` if it may not."""
+        session = self.members.join(name, lease_key, occupied=frozenset(self._state.present), samples=samples)
         known = self.members.names[session.index]
         log.info("joined worker=%s index=%d session=%d", known, session.index, session.number)
         self._watchers.end(session.index)
@@ -163,10 +163,9 @@ class Coordinator:
             raise PayloadError(
                 f"buffers of {header.buffer_bytes} bytes, not {self.model.layout.buffer_bytes}", Reason.SIZE
             )
-        if not 1 <= header.samples < 1 << 40:
-            raise PayloadError(f"{header.samples} samples cannot weigh a contribution")
-        if header.samples > self.job.weight_limit:
-            raise PayloadError(f"{header.samples} samples; at most {self.job.weight_limit} count", Reason.WEIGHT)
+        declared = self.members.check(header.fence).samples
+        if header.samples != declared:
+            raise PayloadError(f"{header.samples} samples; this worker declared {declared} at Join", Reason.WEIGHT)
         if len(header.digest) != 16:
             raise PayloadError(f"a digest of {len(header.digest)} bytes, not 16")
 

@@ -87,4 +87,5 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         else:
             log.error("an RPC failed unexpectedly", exc_info=error)
             reason, message = Reason.INTERNAL, f"{type(error).__name__} in the server; its log says more"
+        message = message if len(message) <= wire.LARGEST_TEXT else message[: wire.LARGEST_TEXT] + "..."
         await context.abort(wire.status_of(reason), message, trailing_metadata=((wire.REASON_KEY, reason.value),))
