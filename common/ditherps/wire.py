@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from ditherps.errors import PayloadError, Reason, RefusedError
+from ditherps.text import one_line
 from ditherps.v1 import parameter_server_pb2 as pb
 
 PROTOCOL_VERSION = 3
@@ -39,8 +40,6 @@ KEEPALIVE_SECONDS = 60
 LARGEST_MESSAGE_BYTES = 4 << 20
 LARGEST_REQUEST_BYTES = CHUNK_BYTES + (64 << 10)
 """What a server takes at once of anybody: a chunk, with room for its fields."""
-LARGEST_TEXT = 500
-"""Characters of an answer's message; gRPC refuses metadata of more than some kilobytes."""
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
@@ -97,12 +96,6 @@ def refusal_of(error: grpc.RpcError) -> RefusedError | None:
         if key == REASON_KEY:
             return RefusedError(reason_of(str(value)), one_line(error.details() or ""))
     return None
-
-
-def one_line(text: str) -> str:
-    """What the other end said, as it may stand in a log or on a terminal: printable, one line, of limited length."""
-    shown = "".join(character if character.isprintable() else "?" for character in text[: LARGEST_TEXT + 1])
-    return shown if len(shown) <= LARGEST_TEXT else shown[:LARGEST_TEXT] + "..."
 
 
 def reason_of(text: str) -> Reason:

@@ -14,6 +14,7 @@ import grpc
 from ditherps import __version__, wire
 from ditherps.config import JobConfig, LimitsConfig
 from ditherps.errors import PayloadError, Reason, RefusedError
+from ditherps.text import one_line
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 from ditherps_server.admission import Admission, Slots
@@ -120,9 +121,7 @@ class ParameterServerService:
             counted = await self._coordinator.deliver(contribution)
         except (RefusedError, PayloadError) as error:
             self._coordinator.refused_update(error.reason, index, str(error))
-            yield pb.PushResponse(
-                refused=pb.PushRefused(reason=error.reason.value, message=str(error)[: wire.LARGEST_TEXT])
-            )
+            yield pb.PushResponse(refused=pb.PushRefused(reason=error.reason.value, message=one_line(str(error))))
             return
         yield pb.PushResponse(accepted=pb.PushAccepted(duplicate=not counted))
 
