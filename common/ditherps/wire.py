@@ -190,6 +190,11 @@ class _Deserializer:
             return PayloadError(f"not a message of this RPC: {error}")
 
 
+def parser(kind: type[Message]) -> Callable[[bytes], Any]:
+    """Parses messages that are not counted; what is none becomes a `PayloadError` in its place, as `checked` has it."""
+    return _Deserializer(kind, lambda _: None)
+
+
 def checked(message: Any) -> Any:
     """A received message as it is; raises the `PayloadError` that stands in place of one that could not be parsed."""
     if isinstance(message, PayloadError):
@@ -213,6 +218,8 @@ class Chunk:
             size |= (message[at] & 0x7F) << shift
             shift += 7
             if message[at] < 0x80:
+                if not size:
+                    raise PayloadError("an empty chunk", Reason.SIZE)  # or a stream of them would count as progress
                 if len(message) - at - 1 != size:
                     break
                 return cls(memoryview(message)[at + 1 :])

@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 import ditherps
 from ditherps import kernels, wire
@@ -108,9 +108,8 @@ async def serve(
     heartbeat_seconds = min(config.heartbeat_seconds, job.idle_timeout_seconds / 3)
     gate = Gate(mutual=files is not None and tokens is None, tokens=tokens)
     service = ParameterServerService(coordinator, gate, config.limits, origin.job_id, heartbeat_seconds)
-    server.add_generic_rpc_handlers((wire.service_handler(service, meter),))
     health_servicer = Health()
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    server.add_generic_rpc_handlers((wire.service_handler(service, meter), health_servicer.handler))
     if config.reflection:
         _add_reflection(server)
     port = _bind(server, config, files)

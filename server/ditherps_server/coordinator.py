@@ -30,6 +30,7 @@ from ditherps_server.evaluation import Evaluation, Evaluator
 from ditherps_server.members import Members, Session
 from ditherps_server.model import ServerModel
 from ditherps_server.records import Recorder
+from ditherps_server.repeated import Repeated
 from ditherps_server.rounds import Phase, Plan, Rules
 from ditherps_server.saving import Saver
 from ditherps_server.staging import Announcement, Contribution, Staging
@@ -77,6 +78,7 @@ class Coordinator:
         self._state = rounds.State(since=clock(), round=model.version, version=model.version)
         self._staging = Staging(job.staging_bytes)
         self._watchers = Watchers()
+        self._repeated = Repeated()
         self._tasks: set[asyncio.Task[None]] = set()
         self._evaluating = asyncio.Lock()
         self._finished: asyncio.Future[Reason] = asyncio.get_running_loop().create_future()
@@ -199,7 +201,8 @@ class Coordinator:
 
     def refused_update(self, reason: Reason, index: int, message: str) -> None:
         """Count and log a contribution that is not taken."""
-        log.warning("refused update worker=%s reason=%s: %s", self.members.names[index], reason, message)
+        if (more := self._repeated.due((index, reason))) is not None:
+            log.warning("refused update worker=%s reason=%s: %s%s", self.members.names[index], reason, message, more)
         self._metrics.rejected_updates.labels(reason.value).inc()
 
     def evaluated(self, index: int, evaluation: Evaluation) -> None:
@@ -216,7 +219,9 @@ class Coordinator:
         answer = self.broadcast.answer(held, wanted, held_digest, moving=self._moving)
         if answer.mismatch:
             self.accounts.mismatched()
-            log.warning("worker=%s does not hold version %s: it gets a snapshot", self.members.names[index], held)
+            if (more := self._repeated.due(index)) is not None:
+                name = self.members.names[index]
+                log.warning("worker=%s does not hold version %s: it gets a snapshot%s", name, held, more)
         return answer
 
     def pulled(self, answer: Answer) -> None:

@@ -69,12 +69,12 @@ class Cluster:
         self.metrics_port = 0
         self.processes: dict[str, subprocess.Popen[str]] = {}
 
-    def server(self, *arguments: object) -> None:
+    def server(self, *arguments: object, **options: Any) -> None:
         """Start the server and wait until it listens: at the port that it had before, or at any."""
         (self.run_dir / "server.json").unlink(missing_ok=True)
         port = self.address.rpartition(":")[2] or 0
         process = self.processes["server"] = start(
-            ["server", "--run-dir", self.run_dir, "--port", port, "--metrics-port", 0, "--json", *arguments]
+            ["server", "--run-dir", self.run_dir, "--port", port, "--metrics-port", 0, "--json", *arguments], **options
         )
 
         def listening() -> bool:
