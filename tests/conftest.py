@@ -1,4 +1,4 @@
-"""What all tests share: property tests draw the same examples on every run."""
+"""What all tests share: property tests draw the same examples on every run, and how many messages are mutated."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ settings.load_profile("fixed")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--faults", choices=("some", "full"), default="some", help="how many faults tests/faults puts into a run"
+    )
+    parser.addoption(
+        "--mutations", type=int, default=2_000, help="messages that tests/faults/test_mutations.py sends (100000)"
     )
 
 

@@ -260,6 +260,14 @@ class JobConfig(_Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _weight_possible(self) -> JobConfig:
+        if self.max_weight and self.max_weight < self.batch_samples:
+            raise ValueError(
+                f"max_weight = {self.max_weight} must not be below {self.batch_samples}, the samples of a contribution"
+            )
+        return self
+
     @property
     def member_table(self) -> tuple[str, ...]:
         """Names of the workers: a worker's index is the position of its name."""
@@ -270,12 +278,36 @@ class JobConfig(_Config):
     @property
     def weight_limit(self) -> int:
         """Most samples that a contribution may claim."""
-        return self.max_weight or self.batch_size * (self.local.steps if self.mode == "local" else 1)
+        return self.max_weight or self.batch_samples
+
+    @property
+    def batch_samples(self) -> int:
+        """Samples behind a contribution of the job's own batches."""
+        return self.batch_size * (self.local.steps if self.mode == "local" else 1)
 
     @property
     def evaluation_interval(self) -> int:
         """Rounds between two evaluations."""
         return self.evaluate_every or max(1, self.rounds // 30)
+
+
+class LimitsConfig(_Config):
+    """What a server bears, beside the sizes that follow from its job.
+
+    A limit of one worker holds for each identity, as often as that has members (one pool's certificate may serve many).
+    """
+
+    joins_per_second: float = Field(100.0, gt=0, le=1e6)
+    """Joins of all workers, after a first burst."""
+    join_burst: int = Field(1000, ge=1)
+    """Joins that are let through at once."""
+    worker_joins_per_second: float = Field(1.0, gt=0, le=1e6)
+    worker_join_burst: int = Field(20, ge=1)
+    worker_streams: int = Field(16, ge=1)
+    """Pushes at once of one worker, and as many that have not said yet whose they are: all but the newest are over,
+    or about to be."""
+    worker_pulls: int = Field(2, ge=1)
+    """Pulls at once of one worker: each may hold a whole model in memory."""
 
 
 class ServerConfig(_Config):
@@ -311,6 +343,7 @@ class ServerConfig(_Config):
     insecure: bool = False
     """Allow plaintext beyond this machine."""
     reflection: bool = False
+    limits: LimitsConfig = LimitsConfig()
 
 
 class WorkerConfig(_Config):

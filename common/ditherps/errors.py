@@ -49,6 +49,7 @@ class Reason(enum.StrEnum):
     NAME_INVALID = "name_invalid"
     UNKNOWN_MEMBER = "unknown_member"
     MEMBERS_FULL = "members_full"
+    JOIN_RATE = "join_rate"
     UNAUTHENTICATED = "unauthenticated"
     TOKEN_INVALID = "token_invalid"
     IDENTITY_MISMATCH = "identity_mismatch"
@@ -69,6 +70,7 @@ class Reason(enum.StrEnum):
     WRONG_JOB = "wrong_job"
     WRONG_EPOCH = "wrong_epoch"
     NOT_JOINED = "not_joined"
+    TOO_MANY_STREAMS = "too_many_streams"
     # A contribution is not taken.
     WRONG_ROUND = "wrong_round"
     NOT_INVITED = "not_invited"

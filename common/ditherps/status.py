@@ -7,6 +7,7 @@ from pathlib import Path
 import grpc
 from google.protobuf.json_format import MessageToJson
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ditherps import wire
@@ -14,6 +15,7 @@ from ditherps.errors import UnreachableError, UserError
 from ditherps.security.credentials import Files, channel_credentials
 from ditherps.security.probe import probe
 from ditherps.security.tokens import read_token
+from ditherps.text import one_line
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 from ditherps.view import bits
@@ -58,20 +60,28 @@ def print_status(status: pb.StatusResponse, *, as_json: bool) -> None:
         )
         return
     console = Console()
-    phase = types_pb2.Phase.Name(status.phase).removeprefix("PHASE_").lower()
+    names = {number: name for name, number in types_pb2.Phase.items()}
+    phase = names.get(status.phase, f"phase {status.phase}").removeprefix("PHASE_").lower()
     console.print(
-        f"[b]{status.task}[/b] with [b]{status.codec}[/b]: round {status.round} of {status.rounds}, {phase}; "
-        f"waits {status.waiting_seconds:.1f} s for {status.waiting_for}"
+        f"[b]{_shown(status.task)}[/b] with [b]{_shown(status.codec)}[/b]: round {status.round} of "
+        f"{status.rounds}, {phase}; waits {status.waiting_seconds:.1f} s for {_shown(status.waiting_for)}"
     )
     both = status.uplink_bytes + status.downlink_bytes
     values = status.contributions * status.coordinates
     below = f" ({8 * values / both:.1f} times below float32)" if both and values else ""
     console.print(
         f"uplink {bits(status.uplink_bytes)}, downlink {bits(status.downlink_bytes)} with "
-        f"[b]{status.downlink_codec or 'none'}[/b], both {bits(both)}{below}; "
+        f"[b]{_shown(status.downlink_codec or 'none')}[/b], both {bits(both)}{below}; "
         f"running for {status.uptime_seconds:.0f} s"
     )
     table = Table("index", "worker", "state", "last seen")
     for member in status.members:
-        table.add_row(str(member.index), member.worker, member.state, f"{member.last_seen_seconds:.1f} s ago")
+        table.add_row(
+            str(member.index), _shown(member.worker), _shown(member.state), f"{member.last_seen_seconds:.1f} s ago"
+        )
     console.print(table)
+
+
+def _shown(text: str) -> str:
+    """What the server said, without anything that the terminal or rich would obey."""
+    return escape(one_line(text))

@@ -18,9 +18,10 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from ditherps.errors import PayloadError, Reason, RefusedError
+from ditherps.text import one_line
 from ditherps.v1 import parameter_server_pb2 as pb
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 CHUNK_BYTES = 1 << 20
 MESSAGE_PREFIX_BYTES = 5
 # HTTP/2 request headers, response headers and trailers with their frames, once HPACK's table is warm, and window
@@ -36,17 +37,23 @@ TOKEN_PREFIX_BYTES = 3  # gRPC never indexes such a header: HPACK's literal, wit
 # A client's ping and the server's permission belong together: a server that allows fewer pings than its clients send
 # closes their connections. gRPC ignores option names that it does not know; tests/service proves that these work.
 KEEPALIVE_SECONDS = 60
-_MESSAGE_OPTIONS = [("grpc.max_send_message_length", 4 << 20), ("grpc.max_receive_message_length", 4 << 20)]
+LARGEST_MESSAGE_BYTES = 4 << 20
+LARGEST_REQUEST_BYTES = CHUNK_BYTES + (64 << 10)
+"""What a server takes at once of anybody: a chunk, with room for its fields."""
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
-    *_MESSAGE_OPTIONS,
+    ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", LARGEST_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
 ]
+STREAMS_PER_CONNECTION = 100
 SERVER_OPTIONS: list[tuple[str, int]] = [
-    *_MESSAGE_OPTIONS,
+    ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", LARGEST_REQUEST_BYTES),
+    ("grpc.max_concurrent_streams", STREAMS_PER_CONNECTION),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 1000 // 2),
     ("grpc.so_reuseport", 0),
@@ -64,7 +71,13 @@ _STATUS: dict[grpc.StatusCode, tuple[Reason, ...]] = {
         Reason.NAME_INVALID,
     ),
     grpc.StatusCode.ABORTED: (Reason.SUPERSEDED, Reason.LATE, Reason.CONFLICTING_CONTRIBUTION),
-    grpc.StatusCode.RESOURCE_EXHAUSTED: (Reason.STAGING_FULL, Reason.DISK_FULL, Reason.MEMBERS_FULL),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (
+        Reason.STAGING_FULL,
+        Reason.DISK_FULL,
+        Reason.MEMBERS_FULL,
+        Reason.JOIN_RATE,
+        Reason.TOO_MANY_STREAMS,
+    ),
     grpc.StatusCode.DATA_LOSS: (Reason.DIGEST_MISMATCH,),
     grpc.StatusCode.INTERNAL: (Reason.INTERNAL,),
 }
@@ -82,7 +95,7 @@ def refusal_of(error: grpc.RpcError) -> RefusedError | None:
         return None
     for key, value in tuple(error.trailing_metadata() or ()):
         if key == REASON_KEY:
-            return RefusedError(reason_of(str(value)), error.details() or "")
+            return RefusedError(reason_of(str(value)), one_line(error.details() or ""))
     return None
 
 
@@ -183,6 +196,11 @@ class _Deserializer:
             return PayloadError(f"not a message of this RPC: {error}")
 
 
+def parser(kind: type[Message]) -> Callable[[bytes], Any]:
+    """Parses messages that are not counted; what is none becomes a `PayloadError` in its place, as `checked` has it."""
+    return _Deserializer(kind, lambda _: None)
+
+
 def checked(message: Any) -> Any:
     """A received message as it is; raises the `PayloadError` that stands in place of one that could not be parsed."""
     if isinstance(message, PayloadError):
@@ -206,6 +224,8 @@ class Chunk:
             size |= (message[at] & 0x7F) << shift
             shift += 7
             if message[at] < 0x80:
+                if not size:
+                    raise PayloadError("an empty chunk", Reason.SIZE)  # or a stream of them would count as progress
                 if len(message) - at - 1 != size:
                     break
                 return cls(memoryview(message)[at + 1 :])

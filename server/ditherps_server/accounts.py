@@ -24,6 +24,9 @@ from ditherps_server.updater import UpdateReport
 
 log = logging.getLogger(__name__)
 
+_LARGEST_MEAN = 1e30
+"""What is not below it, NaN too, is left out of means, which would overflow."""
+
 
 @dataclass(slots=True)
 class Totals:
@@ -271,6 +274,7 @@ class Accounts:
 
 
 def _mean(values: list[float], weights: list[int] | None = None) -> float | None:
-    pairs = [(v, w) for v, w in zip(values, weights or [1] * len(values), strict=True) if math.isfinite(v)]
+    """Of what workers say of themselves, as far as it can be."""
+    pairs = [(v, w) for v, w in zip(values, weights or [1] * len(values), strict=True) if abs(v) < _LARGEST_MEAN]
     total = sum(weight for _, weight in pairs)
     return sum(value * weight for value, weight in pairs) / total if total else None

@@ -16,12 +16,12 @@ from typing import Any
 
 import grpc
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 import ditherps
 from ditherps import kernels, wire
 from ditherps.codecs import Codec, Role
-from ditherps.config import JobConfig, ServerConfig
+from ditherps.config import JobConfig, LimitsConfig, ServerConfig
 from ditherps.downlink import downlink_codec
 from ditherps.errors import OptionError, Reason, RunFailedError, UserError
 from ditherps.files import claimed
@@ -29,13 +29,14 @@ from ditherps.kernels import robust
 from ditherps.metrics import ServerMetrics
 from ditherps.network import is_loopback
 from ditherps.security.credentials import Files, ServerFiles
-from ditherps.security.tokens import Tokens
+from ditherps.security.tokens import TokenFile
 from ditherps.tasks import Task
 from ditherps_server.accounts import Accounts
 from ditherps_server.broadcast import Broadcast
 from ditherps_server.coordinator import Coordinator
 from ditherps_server.evaluation import Evaluator
 from ditherps_server.gate import Gate
+from ditherps_server.health import Health
 from ditherps_server.interceptor import ErrorInterceptor
 from ditherps_server.members import Members
 from ditherps_server.model import ServerModel
@@ -69,7 +70,7 @@ async def serve_in(
     `on_round` gets each record of `rounds.jsonl`. Raises `UserError` for what a person has to change before anything
     starts, and `RunFailedError` when the run ends without its result (what there is of it is written all the same).
     """
-    tokens = Tokens.read(config.token_file) if config.token_file else None
+    tokens = TokenFile(config.token_file) if config.token_file else None
     files = ServerFiles(Files(config.certs), mutual=tokens is None) if config.certs else None
     if tokens is not None and files is None:
         raise UserError("--token-file needs --certs: a token goes over TLS only")
@@ -117,14 +118,16 @@ async def serve_in(
     interceptor = ErrorInterceptor(
         meter, job.idle_timeout_seconds, lambda reason: metrics.refused_rpcs.labels(reason.value).inc()
     )
-    server = grpc.aio.server(options=wire.SERVER_OPTIONS, interceptors=[interceptor])
+    server = grpc.aio.server(
+        options=wire.SERVER_OPTIONS, interceptors=[interceptor],
+        maximum_concurrent_rpcs=rpcs_at_once(config.limits, job.workers),
+    )  # fmt: skip
     # A worker that is busy must not look silent.
     heartbeat_seconds = min(config.heartbeat_seconds, job.idle_timeout_seconds / 3)
     gate = Gate(mutual=files is not None and tokens is None, tokens=tokens)
-    service = ParameterServerService(coordinator, gate, origin.job_id, heartbeat_seconds)
-    server.add_generic_rpc_handlers((wire.service_handler(service, meter),))
-    health_servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    service = ParameterServerService(coordinator, gate, config.limits, origin.job_id, heartbeat_seconds)
+    health_servicer = Health()
+    server.add_generic_rpc_handlers((wire.service_handler(service, meter), health_servicer.handler))
     if config.reflection:
         _add_reflection(server)
     port = _bind(server, config, files)
@@ -191,6 +194,11 @@ def rules_of(job: JobConfig, codec: Codec, *, server_evaluates: bool) -> Rules:
         evaluation_interval=job.evaluation_interval,
         server_evaluates=server_evaluates,
     )
+
+
+def rpcs_at_once(limits: LimitsConfig, workers: int) -> int:
+    """More than all workers together may have open, each to its limit: no worker can use up what others need."""
+    return 256 + workers * (3 * limits.worker_streams + limits.worker_pulls + 8)
 
 
 def _check_staging(job: JobConfig, codec: Codec, updater: Updater) -> None:

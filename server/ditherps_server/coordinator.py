@@ -33,6 +33,7 @@ from ditherps_server.model import ServerModel
 from ditherps_server.records import Recorder
 from ditherps_server.redo import Abandoned, Closed, Contributed, Leased, NoLog, Opened, RedoLog, leases
 from ditherps_server.replay import Restored
+from ditherps_server.repeated import Repeated
 from ditherps_server.rounds import Phase, Plan, Rules
 from ditherps_server.saving import Saver
 from ditherps_server.staging import Announcement, Contribution, Staging
@@ -84,6 +85,7 @@ class Coordinator:
         for contribution in restored.staged:
             self._staging.restore(contribution)
         self._watchers = Watchers()
+        self._repeated = Repeated()
         self._tasks: set[asyncio.Task[None]] = set()
         self._evaluating = asyncio.Lock()
         self._finished: asyncio.Future[Reason] = asyncio.get_running_loop().create_future()
@@ -96,9 +98,12 @@ class Coordinator:
 
     # What the service asks for.
 
-    async def join(self, name: str, lease_key: bytes) -> Session:
-        """Let a worker in, whose lease lasts; raises `RefusedError` if it may not."""
-        session = self.members.join(name, lease_key, occupied=frozenset(self._state.present))
+    async def join(self, name: str, lease_key: bytes, samples: int) -> Session:
+        """Let a worker in whose contributions hold `samples` each; raises `RefusedError` if it may not.
+
+        Returns when its lease lasts.
+        """
+        session = self.members.join(name, lease_key, occupied=frozenset(self._state.present), samples=samples)
         known = self.members.names[session.index]
         log.info("joined worker=%s index=%d session=%d", known, session.index, session.number)
         self._watchers.end(session.index)
@@ -181,10 +186,9 @@ class Coordinator:
             raise PayloadError(
                 f"buffers of {header.buffer_bytes} bytes, not {self.model.layout.buffer_bytes}", Reason.SIZE
             )
-        if not 1 <= header.samples < 1 << 40:
-            raise PayloadError(f"{header.samples} samples cannot weigh a contribution")
-        if header.samples > self.job.weight_limit:
-            raise PayloadError(f"{header.samples} samples; at most {self.job.weight_limit} count", Reason.WEIGHT)
+        declared = self.members.check(header.fence).samples
+        if header.samples != declared:
+            raise PayloadError(f"{header.samples} samples; this worker declared {declared} at Join", Reason.WEIGHT)
         if len(header.digest) != 16:
             raise PayloadError(f"a digest of {len(header.digest)} bytes, not 16")
 
@@ -238,7 +242,8 @@ class Coordinator:
 
     def refused_update(self, reason: Reason, index: int, message: str) -> None:
         """Count and log a contribution that is not taken."""
-        log.warning("refused update worker=%s reason=%s: %s", self.members.names[index], reason, message)
+        if (more := self._repeated.due((index, reason))) is not None:
+            log.warning("refused update worker=%s reason=%s: %s%s", self.members.names[index], reason, message, more)
         self._metrics.rejected_updates.labels(reason.value).inc()
 
     def evaluated(self, index: int, evaluation: Evaluation) -> None:
@@ -255,7 +260,9 @@ class Coordinator:
         answer = self.broadcast.answer(held, wanted, held_digest, moving=self._moving)
         if answer.mismatch:
             self.accounts.mismatched()
-            log.warning("worker=%s does not hold version %s: it gets a snapshot", self.members.names[index], held)
+            if (more := self._repeated.due(index)) is not None:
+                name = self.members.names[index]
+                log.warning("worker=%s does not hold version %s: it gets a snapshot%s", name, held, more)
         return answer
 
     def pulled(self, answer: Answer) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 from ditherps import wire
 from ditherps.errors import Reason, RefusedError
 from ditherps.security.credentials import identity_of
-from ditherps.security.tokens import Tokens
+from ditherps.security.tokens import TokenFile, Tokens
 
 
 class Call(Protocol):
@@ -24,7 +24,7 @@ class Gate:
     An identity is a worker's name, or `POOL/*`, which stands for each member `POOL/...`; None is anybody.
     """
 
-    def __init__(self, *, mutual: bool = False, tokens: Tokens | None = None) -> None:
+    def __init__(self, *, mutual: bool = False, tokens: Tokens | TokenFile | None = None) -> None:
         self._mutual, self._tokens = mutual, tokens
 
     def identity(self, call: Call) -> str | None:
@@ -46,19 +46,18 @@ class Gate:
             )
         return identity
 
-    def name(self, call: Call, asked: str) -> str:
+    def name(self, identity: str | None, asked: str) -> str:
         """The name under which a caller joins, who asks for `asked` (empty: as it is called).
 
         Raises `RefusedError`: `identity_mismatch` for a name that is another's.
         """
-        identity = self.identity(call)
         if identity is None:
             return asked
         if asked and not covers(identity, asked):
             raise RefusedError(
                 Reason.IDENTITY_MISMATCH,
-                f"the certificate or token is that of {identity}, not of {asked}: leave --name away, or use the "
-                f"folder or token that was made for {asked}",
+                f"the certificate or token is that of {identity}, not of {asked[:80]!r}: leave --name away, or use "
+                "the folder or token that was made for it",
             )
         return asked or identity
 

@@ -12,6 +12,7 @@ import grpc
 
 from ditherps import wire
 from ditherps.errors import DitherpsError, PayloadError, Reason, RefusedError
+from ditherps.text import one_line
 from ditherps_server.gate import token_of
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -87,4 +88,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         else:
             log.error("an RPC failed unexpectedly", exc_info=error)
             reason, message = Reason.INTERNAL, f"{type(error).__name__} in the server; its log says more"
-        await context.abort(wire.status_of(reason), message, trailing_metadata=((wire.REASON_KEY, reason.value),))
+        # gRPC refuses metadata of more than some kilobytes, and a message may quote what its sender wrote.
+        await context.abort(
+            wire.status_of(reason), one_line(message), trailing_metadata=((wire.REASON_KEY, reason.value),)
+        )

@@ -18,6 +18,8 @@ class Session:
 
     index: int
     number: int
+    samples: int = 0
+    """Behind each of its contributions, as declared: their weight."""
 
 
 class Members:
@@ -39,7 +41,7 @@ class Members:
         self._sessions: dict[int, Session] = {}
         self._count = 0
 
-    def join(self, name: str, lease_key: bytes, *, occupied: frozenset[int]) -> Session:
+    def join(self, name: str, lease_key: bytes, *, occupied: frozenset[int], samples: int = 0) -> Session:
         """A new session for `name`, which ends the one before; `occupied` are the indices that are present.
 
         `POOL/*` is any member of a pool, and an empty name any member: they lease the lowest free one.
@@ -48,7 +50,9 @@ class Members:
         if len(lease_key) > LARGEST_LEASE_KEY_BYTES:
             raise RefusedError(Reason.SIZE, f"a lease key of {len(lease_key)} bytes; at most {LARGEST_LEASE_KEY_BYTES}")
         if name and not WORKER_NAME.fullmatch(name.removesuffix("/*")):
-            raise RefusedError(Reason.NAME_INVALID, f"{name!r} is not a worker name; allowed: {WORKER_NAME.pattern}")
+            raise RefusedError(
+                Reason.NAME_INVALID, f"{name[:80]!r} is not a worker name; allowed: {WORKER_NAME.pattern}"
+            )
         leased = not name or name.endswith("/*")
         index = self._lease(name.removesuffix("*"), lease_key, occupied) if leased else self._index.get(name, -1)
         if index < 0:
@@ -56,7 +60,7 @@ class Members:
             raise RefusedError(Reason.UNKNOWN_MEMBER, f"{name!r} is not a member of this job; members: {shown}")
         self._count += 1
         self.leases[index] = lease_key
-        session = self._sessions[index] = Session(index, self._count)
+        session = self._sessions[index] = Session(index, self._count, samples)
         return session
 
     def _lease(self, prefix: str, lease_key: bytes, occupied: frozenset[int]) -> int:
@@ -83,7 +87,7 @@ class Members:
         Raises `RefusedError`: `wrong_job`, `wrong_epoch`, `not_joined`, or `superseded` for an older session.
         """
         if fence.job_id != self._job_id:
-            raise RefusedError(Reason.WRONG_JOB, f"this server runs job {self._job_id}, not {fence.job_id!r}")
+            raise RefusedError(Reason.WRONG_JOB, f"this server runs job {self._job_id}, not {fence.job_id[:80]!r}")
         if fence.server_epoch != self._server_epoch:
             raise RefusedError(
                 Reason.WRONG_EPOCH, f"the server is in epoch {self._server_epoch}, not {fence.server_epoch}: join again"

@@ -12,9 +12,12 @@ from typing import Any
 import grpc
 
 from ditherps import __version__, wire
+from ditherps.config import JobConfig, LimitsConfig
 from ditherps.errors import PayloadError, Reason, RefusedError
+from ditherps.text import one_line
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
+from ditherps_server.admission import Admission, Slots
 from ditherps_server.coordinator import Coordinator
 from ditherps_server.evaluation import Evaluation
 from ditherps_server.gate import Gate
@@ -28,8 +31,15 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ParameterServerService:
     """Methods as `proto/ditherps/v1/parameter_server.proto` documents them."""
 
-    def __init__(self, coordinator: Coordinator, gate: Gate, job_id: str, heartbeat_seconds: float) -> None:
+    def __init__(
+        self, coordinator: Coordinator, gate: Gate, limits: LimitsConfig, job_id: str, heartbeat_seconds: float
+    ) -> None:
         self._coordinator, self._gate = coordinator, gate
+        self._admission = Admission(limits, coordinator.job.member_table)
+        self._unannounced = Slots("pushes without a header", limits.worker_streams)
+        self._pushes = Slots("pushes", limits.worker_streams)
+        self._pulls = Slots("pulls", limits.worker_pulls)
+        self._watches = Slots("watches", limits.worker_streams)
         self._job_id = job_id
         self._heartbeat_seconds = heartbeat_seconds
         self._started = time.monotonic()
@@ -44,9 +54,11 @@ class ParameterServerService:
         """Check the rules of compatibility, then let the worker in."""
         coordinator, job = self._coordinator, self._coordinator.job
         codecs = {job.codec, coordinator.broadcast.codec_name}
-        name = self._gate.name(context, request.worker)
+        identity = self._gate.identity(context)
+        self._admission.join(request.worker if identity is None else identity)
+        name = self._gate.name(identity, request.worker)
         check_join(request, job.task, job.mode, codecs, 4 * coordinator.model.layout.coordinates)
-        session = await coordinator.join(name, request.lease_key)
+        session = await coordinator.join(name, request.lease_key, declared_samples(request.samples, job))
         layout = coordinator.model.layout
         return pb.JoinResponse(
             fence=coordinator.members.fence(session),
@@ -64,40 +76,52 @@ class ParameterServerService:
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.WatchResponse]:  # noqa: N802
         """The present state, then its changes."""
         index = self._seen(request.fence, context)
-        stream = self._coordinator.watch(index)
-        try:
-            async for response in stream:
-                yield response
-        finally:
-            self._coordinator.unwatch(index, stream)
+        with self._watches.hold(index):
+            stream = self._coordinator.watch(index)
+            try:
+                async for response in stream:
+                    self._gate.identity(context)  # a token may have been revoked since
+                    yield response
+            finally:
+                self._coordinator.unwatch(index, stream)
 
     async def Pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[bytes]:  # noqa: N802
         """What brings the worker to the present model."""
         index = self._seen(request.fence, context)
         held = request.from_version if request.HasField("from_version") else None
-        answer = self._coordinator.pull(index, held, request.to_version, request.held_digest)
-        for message in answer.messages:
-            yield message
+        with self._pulls.hold(index):
+            answer = self._coordinator.pull(index, held, request.to_version, request.held_digest)
+            for message in answer.messages:
+                yield message
         self._coordinator.pulled(answer)
 
     async def Push(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[pb.PushResponse]:  # noqa: N802
         """Take one contribution."""
-        first = wire.checked(await self._next(requests))
+        identity = self._gate.identity(context) or ""  # a stranger gets no further
+        with self._unannounced.hold(identity, self._admission.members_of(identity)):
+            first = wire.checked(await self._next(requests))
         if not isinstance(first, pb.PushRequest) or not first.HasField("header"):
             raise PayloadError("a push begins with its header")
         index = self._seen(first.header.fence, context)
+        with self._pushes.hold(index):
+            async for answer in self._take(index, first.header, requests):
+                yield answer
+
+    async def _take(
+        self, index: int, header: pb.PushHeader, requests: AsyncIterator[Any]
+    ) -> AsyncIterator[pb.PushResponse]:
         try:
-            contribution = self._coordinator.admit(index, first.header)
+            contribution = self._coordinator.admit(index, header)
             if contribution.whole:
                 yield pb.PushResponse(accepted=pb.PushAccepted(duplicate=True))
                 return
             stream = contribution.stream  # ours, until another Push of the same content is admitted
             yield pb.PushResponse(need=pb.PushNeed(offset=contribution.receiver.received_bytes))
-            await self._receive(contribution, stream, requests, first.header)
+            await self._receive(contribution, stream, requests, header)
             counted = await self._coordinator.deliver(contribution)
         except (RefusedError, PayloadError) as error:
             self._coordinator.refused_update(error.reason, index, str(error))
-            yield pb.PushResponse(refused=pb.PushRefused(reason=error.reason.value, message=str(error)))
+            yield pb.PushResponse(refused=pb.PushRefused(reason=error.reason.value, message=one_line(str(error))))
             return
         yield pb.PushResponse(accepted=pb.PushAccepted(duplicate=not counted))
 
@@ -149,6 +173,19 @@ class ParameterServerService:
         return response
 
 
+def declared_samples(asked: int, job: JobConfig) -> int:
+    """The samples behind each contribution of a worker that declares `asked`, 0 being the job's own batches.
+
+    Raises `RefusedError` (`weight`) for more than the job allows.
+    """
+    if asked > job.weight_limit:
+        raise RefusedError(
+            Reason.WEIGHT,
+            f"{asked} samples in a contribution; at most {job.weight_limit} count (max_weight of the job)",
+        )
+    return asked or job.batch_samples
+
+
 def check_join(request: pb.JoinRequest, task: str, mode: str, codecs: set[str], model_bytes: int) -> None:
     """The rules of compatibility between a worker and a job; raises `RefusedError` with the first that fails."""
     limits = request.limits
@@ -157,12 +194,12 @@ def check_join(request: pb.JoinRequest, task: str, mode: str, codecs: set[str], 
             request.protocol_version == wire.PROTOCOL_VERSION,
             Reason.PROTOCOL_VERSION,
             f"the server speaks protocol {wire.PROTOCOL_VERSION} (ditherps {__version__}), the worker "
-            f"{request.protocol_version} (ditherps {request.package_version}): install the same version",
+            f"{request.protocol_version} (ditherps {request.package_version[:40]!r}): install the same version",
         ),
         (
             request.task in ("", task),
             Reason.TASK_MISMATCH,
-            f"the job's task is {task!r}, the worker's {request.task!r}",
+            f"the job's task is {task!r}, the worker's {request.task[:80]!r}",
         ),
         (mode in limits.modes, Reason.LIMITS, f"the worker does not take mode {mode!r}"),
         *(

@@ -23,7 +23,7 @@ from ditherps.sampling import evaluate
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 from ditherps_worker.compute import make_deterministic
-from tests.service.inprocess import Peer, Served, serving
+from tests.service.inprocess import Peer, Refused, Served, serving
 from tests.service.simulation import simulated_model
 
 WORKERS, ROUNDS = 8, 100
@@ -138,21 +138,46 @@ class TestNorm:
 
 @asynchronous
 class TestWeight:
+    """Declared at Join and fixed: what a contribution says of itself afterwards changes nothing."""
+
     async def test_no_worker_weighs_more_than_its_batches(self, tmp_path: Path) -> None:
         async with opened(tmp_path, "dqsg", batch_size=8) as (served, peers, plans):
             update = peers[0].update(plans[0])
-            for samples in (9, 10**9):
+            for samples in (0, 7, 9, 10**9, 2**64 - 1):
                 header = peers[0].header(plans[0], update, samples=samples)
-                assert (await peers[0].push(header, update)).refused.reason == Reason.WEIGHT
-            assert await served.metric(rejected(Reason.WEIGHT)) == 2
+                answer = await peers[0].push(header, update)
+                assert answer.refused.reason == Reason.WEIGHT
+                assert "declared 8 at Join" in answer.refused.message
+            assert await served.metric(rejected(Reason.WEIGHT)) == 5
             assert (await peers[0].push(peers[0].header(plans[0], update, samples=8), update)).HasField("accepted")
 
     async def test_max_weight_says_otherwise(self, tmp_path: Path) -> None:
-        async with opened(tmp_path, "dqsg", max_weight=20) as (_, peers, plans):
-            update = peers[0].update(plans[0])
-            header = peers[0].header(plans[0], update, samples=21)
-            assert (await peers[0].push(header, update)).refused.reason == Reason.WEIGHT
-            assert (await peers[0].push(peers[0].header(plans[0], update, samples=20), update)).HasField("accepted")
+        async with opened(tmp_path, "dqsg", max_weight=20) as (_, peers, _):
+            with pytest.raises(Refused) as refused:
+                await peers[0].join("worker-0", samples=21)
+            assert refused.value == Refused(grpc.StatusCode.INVALID_ARGUMENT, Reason.WEIGHT, "")
+            await peers[0].join("worker-0", samples=20)
+            plan = await peers[0].plan()
+            update = peers[0].update(plan)
+            for samples in (8, 21):
+                answer = await peers[0].push(peers[0].header(plan, update, samples=samples), update)
+                assert answer.refused.reason == Reason.WEIGHT
+            assert (await peers[0].push(peers[0].header(plan, update, samples=20), update)).HasField("accepted")
+
+    async def test_a_worker_may_declare_otherwise_when_it_joins_again(self, tmp_path: Path) -> None:
+        async with opened(tmp_path, "dqsg", max_weight=20) as (_, peers, _):
+            await peers[0].join("worker-0", samples=20)
+            await peers[0].join("worker-0", samples=5)
+            plan = await peers[0].plan()
+            update = peers[0].update(plan)
+            refused = await peers[0].push(peers[0].header(plan, update, samples=20), update)
+            assert refused.refused.reason == Reason.WEIGHT
+            assert (await peers[0].push(peers[0].header(plan, update, samples=5), update)).HasField("accepted")
+
+
+def test_a_job_whose_own_batches_weigh_too_much() -> None:
+    with pytest.raises(ValueError, match="max_weight = 7 must not be below 8"):
+        JobConfig.model_validate({"batch_size": 8, "max_weight": 7})
 
 
 def test_the_weight_of_local_steps() -> None:

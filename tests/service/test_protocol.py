@@ -94,6 +94,8 @@ class TestJoin:
             ({"limits": limits(codecs="none")}, Reason.LIMITS, "codec"),
             ({"limits": limits(model_bytes=111)}, Reason.LIMITS, "112 bytes"),
             ({"limits": pb.WorkerLimits()}, Reason.LIMITS, "mode"),
+            ({"samples": 9}, Reason.WEIGHT, "9 samples in a contribution; at most 8"),
+            ({"samples": 2**64 - 1}, Reason.WEIGHT, "at most 8"),
             ({"worker": "eve"}, Reason.UNKNOWN_MEMBER, "members: worker-0, worker-1"),
             ({"worker": "../worker-0"}, Reason.NAME_INVALID, "'../worker-0'"),
         ]  # fmt: skip
@@ -183,6 +185,7 @@ class TestPush:
         """Both contributions enter: the next version is the mean, and everyone is told."""
         optimizer = {"name": "sgd", "lr": 1.0}
         async with opened(tmp_path, codec="none", max_weight=24, optimizer=optimizer) as (served, a, b, plan):
+            await a.join("worker-0", samples=24)
             before = torch.frombuffer(bytearray(await a.pull(0)), dtype=torch.float32)
             updates = [a.update(plan, 1, "none"), b.update(plan, 2, "none")]
             assert (await a.push(a.header(plan, updates[0], samples=24), updates[0])).accepted == pb.PushAccepted()
@@ -271,8 +274,9 @@ class TestPush:
                 ({"update_bytes": 2**64 - 1}, Reason.SIZE),
                 ({"buffer_bytes": 0}, Reason.SIZE),
                 ({"buffer_bytes": 2**63}, Reason.SIZE),
-                ({"samples": 0}, Reason.MALFORMED),
-                ({"samples": 2**63}, Reason.MALFORMED),
+                ({"samples": 0}, Reason.WEIGHT),
+                ({"samples": 7}, Reason.WEIGHT),
+                ({"samples": 2**63}, Reason.WEIGHT),
                 ({"digest": b"short"}, Reason.MALFORMED),
             ]
             for changes, reason in wrong:

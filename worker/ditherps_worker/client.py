@@ -11,15 +11,15 @@ from typing import Any
 import grpc
 
 from ditherps import __version__, wire
-from ditherps.codecs import codec_names
 from ditherps.config import WorkerConfig
 from ditherps.errors import PayloadError, Reason, RefusedError, UnreachableError
+from ditherps.text import one_line
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 from ditherps_worker.connection import Connection
+from ditherps_worker.limits import stated
 
 CALL_SECONDS = 30.0
-MODES = ("gradient", "local")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +68,7 @@ class Client:
             worker=self._config.name,
             lease_key=lease_key,
             task=self._config.task,
-            limits=pb.WorkerLimits(
-                modes=MODES, codecs=codec_names(), model_bytes=self._config.max_model_bytes, plan_bytes=1 << 20
-            ),
+            limits=stated(self._config),
         )
         limit = self._config.connect_timeout_seconds
         joining = self._call(self._stub.Join(request, timeout=limit, wait_for_ready=True))
@@ -180,7 +178,9 @@ class Client:
             reason = wire.reason_of(answer.refused.reason)
             if reason in (Reason.LATE, Reason.WRONG_ROUND):
                 return False
-            raise RefusedError(reason, answer.refused.message)
+            raise RefusedError(reason, one_line(answer.refused.message))
+        if not answer.HasField("accepted"):
+            raise PayloadError("a push was answered neither with accepted nor with refused")
         return True
 
     async def _send(
@@ -234,7 +234,9 @@ class Client:
 
     def _error(self, error: grpc.aio.AioRpcError) -> RefusedError | UnreachableError:
         refusal = wire.refusal_of(error)
-        return refusal or UnreachableError(f"server {self._config.server}: {error.code().name}: {error.details()}")
+        return refusal or UnreachableError(
+            f"server {self._config.server}: {error.code().name}: {one_line(error.details() or '')}"
+        )
 
     def _silent(self) -> UnreachableError:
         limit = self._joined.idle_timeout_seconds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import math
 import random
@@ -14,27 +13,29 @@ from dataclasses import dataclass
 
 import torch
 
-from ditherps import codec as make_codec
 from ditherps import kernels, wire
-from ditherps.codecs import Codec, Role
-from ditherps.config import JobConfig, WorkerConfig, validated
+from ditherps.config import JobConfig, WorkerConfig
 from ditherps.dither import Address, Domain
-from ditherps.downlink import downlink_codec
 from ditherps.errors import PayloadError, Reason, RefusedError, RunFailedError, UnreachableError
 from ditherps.feedback import ErrorFeedback
 from ditherps.metrics import DOWN, UP, WorkerMetrics
+from ditherps.text import one_line
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 from ditherps_worker.client import Client, PushStats
 from ditherps_worker.compute import Computer
 from ditherps_worker.held import HeldModel
 from ditherps_worker.kept import KeptState
+from ditherps_worker.limits import ROLES, accepted, check_plan, codecs_of, stated
 
 log = logging.getLogger(__name__)
 
-_ROLES = {types_pb2.ROLE_SOURCE: Role.SOURCE, types_pb2.ROLE_NESTED: Role.NESTED}
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.2, 5.0
-_TRY_AGAIN = (Reason.WRONG_JOB, Reason.WRONG_EPOCH, Reason.NOT_JOINED, Reason.STAGING_FULL, Reason.DISK_FULL)
+_JOIN_AGAIN = (Reason.WRONG_JOB, Reason.WRONG_EPOCH, Reason.NOT_JOINED)
+_TRY_AGAIN = (Reason.STAGING_FULL, Reason.DISK_FULL, Reason.JOIN_RATE, Reason.TOO_MANY_STREAMS)
+"""The server has no room now, and may have it soon."""
+_LARGEST_RESULTS = 64
+"""Ends of rounds that are kept for who has not looked yet."""
 
 MakeComputer = Callable[[JobConfig, int], Computer]
 
@@ -66,6 +67,7 @@ class State:
         self.latest = response
         if response.HasField("closed"):
             self.results.append(response.closed)
+            del self.results[:-_LARGEST_RESULTS]
         self._changed.set()
 
     def lose(self, error: Exception) -> None:
@@ -110,8 +112,8 @@ class Loop:
         """Until the job is over.
 
         A lost connection is made anew, with a jittered, growing pause, for at most `connect_timeout_seconds` without a
-        contribution; so is one that brought broken content. Raises `RefusedError`, `UnreachableError`, `PayloadError`,
-        `RunFailedError`.
+        contribution; so is one that brought broken content, and a server without room is tried again as long. Raises
+        `RefusedError`, `UnreachableError`, `PayloadError`, `RunFailedError`.
         """
         backoff, lost_since = _FIRST_BACKOFF_SECONDS, math.inf
         while True:
@@ -119,21 +121,26 @@ class Loop:
             try:
                 return await self._session()
             except (UnreachableError, RefusedError, PayloadError) as error:
-                if isinstance(error, RefusedError) and error.reason not in _TRY_AGAIN:
+                full = isinstance(error, RefusedError) and error.reason in _TRY_AGAIN
+                if isinstance(error, RefusedError) and not full and error.reason not in _JOIN_AGAIN:
                     raise
                 now = time.monotonic()
                 if self._progressed or lost_since == math.inf:
                     backoff, lost_since = _FIRST_BACKOFF_SECONDS, now
-                if not self._job_id or now - lost_since > self._config.connect_timeout_seconds:
+                if not (self._job_id or full) or now - lost_since > self._config.connect_timeout_seconds:
                     raise
-                log.warning("connection lost, trying again: %s", error)
+                log.warning("%s, trying again: %s", "the server has no room" if full else "connection lost", error)
             self._metrics.reconnects.inc()
             await asyncio.sleep(backoff * random.uniform(0.5, 1.5))
             backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
 
     async def _session(self) -> types_pb2.JobResult:
         joined = await self._client.join(self._lease_key)
-        job = validated(JobConfig, _json_object(joined.job))
+        try:
+            job = accepted(joined, stated(self._config))
+        except (RefusedError, PayloadError) as error:
+            await self._leave(error.reason)
+            raise
         state = State(self._results)
         # Signs of life begin before the data is loaded: that may take longer than silence is borne.
         background = [asyncio.create_task(self._heartbeat(state, joined.heartbeat_seconds))]
@@ -157,7 +164,8 @@ class Loop:
             await self._leave(Reason.INTERRUPTED)
             raise
         except (RefusedError, RunFailedError) as error:
-            await self._leave(error.reason)
+            if error.reason not in _TRY_AGAIN:  # else it stays, and comes back at once
+                await self._leave(error.reason)
             raise
         except BaseException:
             await self._leave(Reason.INTERNAL)
@@ -177,7 +185,7 @@ class Loop:
             return
         self._sent, self._held, self._feedback = None, None, None
         self._results.clear()
-        self._codec: Codec = make_codec(job.codec, **job.codec_options)
+        self._codec, down = codecs_of(job)
         await asyncio.to_thread(kernels.warm, self._codec)
         self._computer = await asyncio.to_thread(self._make_computer, job, joined.index)
         layout = self._computer.model.layout
@@ -187,7 +195,8 @@ class Loop:
                 f"the server's {joined.parameter_coordinates} and {joined.buffer_bytes}: they build different models"
             )
             raise RefusedError(Reason.LAYOUT_MISMATCH, message)
-        down = downlink_codec(job.downlink, self._codec)
+        if 4 * layout.coordinates > self._config.max_model_bytes:  # whatever the server said of it
+            raise RefusedError(Reason.LIMITS, f"the model takes {4 * layout.coordinates} bytes: see max_model_bytes")
         if down is not None:
             await asyncio.to_thread(kernels.warm, down)
             down = down.for_layout(layout)
@@ -217,7 +226,7 @@ class Loop:
 
     async def _finished(self, result: types_pb2.JobResult) -> types_pb2.JobResult:
         if result.reason != Reason.FINISHED:
-            raise RunFailedError(wire.reason_of(result.reason), f"the server ended the job: {result.reason}")
+            raise RunFailedError(wire.reason_of(result.reason), f"the server ended the job: {one_line(result.reason)}")
         await self._leave(Reason.FINISHED)
         return result
 
@@ -239,6 +248,7 @@ class Loop:
     async def _take_part(self, job: JobConfig, index: int, plan: types_pb2.RoundPlan, state: State) -> None:
         assert self._computer is not None
         assert self._held is not None
+        check_plan(plan, job, self._codec.roles)
         self._metrics.round.set(plan.round)
         identity = (plan.round, plan.attempt, plan.base_version, plan.role)
         encoded = self._sent is not None and self._sent.plan == identity
@@ -332,7 +342,7 @@ class Loop:
         assert self._computer is not None
         update = self._computer.update(plan.round)
         address = Address(seed=job.seed, round=plan.round, sender=index, domain=Domain.UPDATE, attempt=plan.attempt)
-        codec, vector = self._codec.for_role(_ROLES[plan.role]), update.vector
+        codec, vector = self._codec.for_role(ROLES[plan.role]), update.vector
         name_at = self._computer.model.layout.name_at
         began = time.perf_counter()
         if self._feedback is None:
@@ -351,10 +361,3 @@ class Loop:
         self._metrics.train_loss.set(update.loss)
         stats = PushStats(update.samples, update.loss, nmse, update.seconds, encode_seconds)
         return Encoded(identity, encoded.data.data, update.buffers, stats)
-
-
-def _json_object(data: bytes) -> dict[str, object]:
-    values = json.loads(data)
-    if not isinstance(values, dict):
-        raise ValueError("the job is not an object")
-    return values

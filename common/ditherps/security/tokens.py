@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import re
 import secrets
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ditherps.config import WORKER_NAME
 from ditherps.errors import OptionError, Reason, RefusedError, UserError
 
+log = logging.getLogger(__name__)
+
 LARGEST_TOKEN_BYTES = 256
+LARGEST_FILE_BYTES = 16 << 20
 _HASH = re.compile(r"[0-9a-f]{64}")
 _NOBODY = "0" * 64
 
@@ -71,6 +76,8 @@ class Tokens:
     def read(cls, path: Path) -> Tokens:
         """The tokens of a file; raises `UserError` with the first line that is wrong."""
         try:
+            if path.stat().st_size > LARGEST_FILE_BYTES:
+                raise UserError(f"token file {path} has more than {LARGEST_FILE_BYTES} bytes")
             lines = path.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             detail = error.strerror if isinstance(error, OSError) else "it is not text"
@@ -102,3 +109,44 @@ class Tokens:
                 "being the server's --token-file",
             )
         return name
+
+
+class TokenFile:
+    """The server's tokens, read again when their file changes: one may be added, or taken back, while it runs."""
+
+    LOOK_SECONDS = 1.0
+    """Between two looks at the file."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        """Raises `UserError` for a file that cannot be used; later on the last good one stays, with a warning."""
+        self._path, self._clock = path, clock
+        self._looked, self._stamp = clock(), self._present()
+        self._tokens = Tokens.read(path)
+
+    def _present(self) -> tuple[int, int, int] | None:
+        """Changes whenever the file is replaced or written to."""
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns, status.st_size
+
+    def identity(self, token: str) -> str:
+        """As `Tokens.identity`, of the newest file that could be used."""
+        now = self._clock()
+        if now - self._looked >= self.LOOK_SECONDS:
+            self._looked = now
+            self._look()
+        return self._tokens.identity(token)
+
+    def _look(self) -> None:
+        stamp = self._present()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._tokens = Tokens.read(self._path)
+        except UserError as error:
+            log.warning("tokens changed, but cannot be used; the old ones stay: %s", error)
+        else:
+            log.info("tokens read again from %s: %d", self._path, len(self._tokens.hashes))

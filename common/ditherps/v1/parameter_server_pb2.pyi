@@ -96,6 +96,7 @@ class JoinRequest(_message.Message):
     LEASE_KEY_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     package_version: _builtins.str
     worker: _builtins.str
@@ -104,6 +105,10 @@ class JoinRequest(_message.Message):
     """Key under which a member of a pool holds its slot."""
     task: _builtins.str
     """As the worker's own command line names it; empty: takes what is offered."""
+    samples: _builtins.int
+    """Samples behind each of its contributions: their weight, fixed for the
+    session. 0: as many as the job's own batches hold.
+    """
     @_builtins.property
     def limits(self) -> Global___WorkerLimits: ...
     def __init__(
@@ -115,10 +120,11 @@ class JoinRequest(_message.Message):
         lease_key: _builtins.bytes = ...,
         task: _builtins.str = ...,
         limits: Global___WorkerLimits | None = ...,
+        samples: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_key", b"lease_key", "limits", b"limits", "package_version", b"package_version", "protocol_version", b"protocol_version", "task", b"task", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_key", b"lease_key", "limits", b"limits", "package_version", b"package_version", "protocol_version", b"protocol_version", "samples", b"samples", "task", b"task", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -397,7 +403,7 @@ class PushHeader(_message.Message):
     digest: _builtins.bytes
     """XXH3-128 of update, then buffers: the content that makes a push idempotent."""
     samples: _builtins.int
-    """Samples behind this contribution: its weight."""
+    """Samples behind this contribution, as declared at Join: its weight."""
     loss: _builtins.float
     nmse: _builtins.float
     compute_seconds: _builtins.float
