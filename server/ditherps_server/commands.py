@@ -36,6 +36,8 @@ def server(
     init: options.Init = None,
     resume: options.Resume = None,
     checkpoint_every: options.CheckpointEvery = None,
+    on_empty: options.OnEmpty = None,
+    grace_seconds: options.GraceSeconds = None,
     certs: options.Certs = None,
     token_file: options.TokenFile = None,
     tls13: options.Tls13 = None,
@@ -58,6 +60,7 @@ def server(
     given: dict[str, Any] = {
         "run_dir": run_dir, "data_dir": data_dir, "host": host, "port": port, "metrics_host": metrics_host,
         "metrics_port": metrics_port, "init": init, "resume": resume, "checkpoint_every": checkpoint_every,
+        "on_empty": on_empty, "grace_seconds": grace_seconds,
         "certs": certs, "token_file": token_file, "insecure": insecure, "reflection": reflection,
     }  # fmt: skip
     defaults = {"run_dir": options.default_run_dir(job.config.task, job.config.codec)}

@@ -56,8 +56,8 @@ class Client:
         """Close the channel."""
         await self._connection.close()
 
-    async def join(self, lease_key: bytes) -> pb.JoinResponse:
-        """Join; waits for a server that is not there yet, at most `connect_timeout_seconds`.
+    async def join(self, lease_key: bytes, limit_seconds: float) -> pb.JoinResponse:
+        """Join; waits for a server that is not there yet, at most `limit_seconds`.
 
         Raises `HandshakeError` as soon as it is certain that no connection will come about.
         """
@@ -72,8 +72,7 @@ class Client:
                 modes=MODES, codecs=codec_names(), model_bytes=self._config.max_model_bytes, plan_bytes=1 << 20
             ),
         )
-        limit = self._config.connect_timeout_seconds
-        joining = self._call(self._stub.Join(request, timeout=limit, wait_for_ready=True))
+        joining = self._call(self._stub.Join(request, timeout=limit_seconds, wait_for_ready=True))
         self._joined = await self._connection.explained(joining)
         return self._joined
 
