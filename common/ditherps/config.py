@@ -227,10 +227,16 @@ class JobConfig(_Config):
     """`auto`: the server where it has test data, else the lowest worker present."""
     compute_threads: int = Field(1, ge=1, le=256)
     """Threads of torch in a worker: its results depend on them."""
+    sample_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the present workers that a round invites, rounded up. Which ones follows from seed, round and who is
+    present."""
+    min_workers: int = Field(0, ge=0)
+    """How many workers have to be present for a round to open. 0: all of them for the first one, after
+    `join_timeout_seconds` and for later ones a quorum."""
     quorum: float = Field(1.0, gt=0, le=1)
-    """Share of each role's workers without whose contributions a round is not closed."""
+    """Share of each role's invited workers without whose contributions a round is not closed."""
     join_timeout_seconds: Seconds = 120.0
-    """How long the server waits for workers before a round can open."""
+    """How long the server waits for the workers without whom no round can open or close."""
     round_deadline_seconds: Seconds = 600.0
     """How long a round waits for contributions."""
     idle_timeout_seconds: Seconds = 60.0
@@ -240,6 +246,14 @@ class JobConfig(_Config):
     them, so at ratio 3 a share of one half is common on IID shards, and harmless there."""
     staging_bytes: int = Field(4 << 30, ge=1)
     """Most bytes of contributions that the server holds at once."""
+
+    @field_validator("min_workers")
+    @classmethod
+    def _no_more_than_there_are(cls, value: int, info: ValidationInfo) -> int:
+        workers = info.data.get("workers")
+        if workers is not None and value > workers:
+            raise ValueError(f"at most workers = {workers}")
+        return value
 
     @model_validator(mode="after")
     def _members_named(self) -> JobConfig:
@@ -327,8 +341,8 @@ class ServerConfig(_Config):
     """Threads that decode; 0: as many as cores."""
     heartbeat_seconds: Seconds = 5.0
     checkpoint_every: int = Field(0, ge=0)
-    """Rounds between two checkpoints; 0: about 20 in a run, at least 10 rounds apart. One is written on an interrupt
-    too. Room for two is needed."""
+    """Rounds between two checkpoints; 0: about 20 in a run, at least 10 rounds apart. One is written on SIGTERM
+    and on an interrupt too. Room for two is needed."""
     resume: bool = False
     """Go on from the checkpoint and the redo log in `run_dir`, where there is one."""
     durability: Literal["round", "none"] = "round"
@@ -336,6 +350,11 @@ class ServerConfig(_Config):
     nothing that it had acknowledged. none: it loses the rounds since its checkpoint."""
     redo_bytes: int = Field(1 << 30, ge=1)
     """Length of the redo log above which a checkpoint is written sooner, which cuts the log."""
+    on_empty: Literal["exit", "wait"] = "exit"
+    """Too few workers for `join_timeout_seconds`: end the run, or go on waiting without a limit."""
+    grace_seconds: float = Field(20.0, ge=0, le=7 * 86_400)
+    """On SIGTERM: how long the open round may still take to close. Whoever sent it (docker stop, Kubernetes) has to
+    allow at least 10 seconds more before it kills."""
     certs: Path | None = None
     """Folder with ca.pem, cert.pem and key.pem: workers have to show a certificate of this authority."""
     token_file: Path | None = None

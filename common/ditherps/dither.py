@@ -56,7 +56,7 @@ class Domain(enum.IntEnum):
     ORDER         order of a worker's samples                epoch                 worker index
     AUGMENTATION  augmentation, indexed by global sample id  epoch                 SERVER
     COMPUTE       seed of torch (dropout) for a round        round                 worker index
-    INVITATION    choice of the workers of a round           round                 SERVER
+    INVITATION    choice of a round's workers, by index      round                 SERVER
     ============  =========================================  ====================  ==================================
     """
 

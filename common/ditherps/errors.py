@@ -96,6 +96,7 @@ class Reason(enum.StrEnum):
     SILENT = "silent"
     INTERRUPTED = "interrupted"
     FINISHED = "finished"
+    SUSPENDED = "suspended"
     INTERNAL = "internal"
     VERSION_UNAVAILABLE = "version_unavailable"
 

@@ -126,8 +126,10 @@ class _Processes:
 
     def end(self) -> None:
         """Ask all to end, and see to it."""
+        serving = (self._run_dir / "server.json").exists()
         for process in self.running:
-            process.send_signal(signal.SIGTERM)
+            # A server that serves would only suspend the run on SIGTERM.
+            process.send_signal(signal.SIGINT if serving and process is self.server else signal.SIGTERM)
         limit = time.monotonic() + STOP_SECONDS
         while self.running and time.monotonic() < limit:
             time.sleep(POLL_SECONDS)

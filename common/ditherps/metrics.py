@@ -116,7 +116,9 @@ class ServerMetrics(_Metrics):
             "certificate",
         )
         self.waiting_seconds = self._gauge(
-            "waiting_seconds", "How long the server has been waiting for what it waits for."
+            "waiting_seconds",
+            "How long the server has been waiting for what it waits for; 0: not for that.",
+            "awaited",
         )
         self.worker_last_seen_timestamp_seconds = self._gauge(
             "worker_last_seen_timestamp_seconds", "When a worker last gave a sign of life.", "worker"

@@ -117,6 +117,22 @@ StateDir = Annotated[
         panel=RUN,
     ),
 ]  # fmt: skip
+OnEmpty = Annotated[
+    str | None,
+    _option(
+        "--on-empty", env="ON_EMPTY",
+        text="exit: end when too few workers are here for join_timeout_seconds; wait: without a limit (default: exit).",
+        panel=RUN,
+    ),
+]  # fmt: skip
+GraceSeconds = Annotated[
+    float | None,
+    _option(
+        "--grace-seconds", env="GRACE_SECONDS",
+        text="After SIGTERM, how long the open round may take to close; allow docker stop or Kubernetes 10 s more "
+        "(default: 20).", panel=RUN,
+    ),
+]  # fmt: skip
 Init = Annotated[Path | None, _option("--init", env="INIT", text="First parameters, as safetensors.", panel=RUN)]
 Insecure = Annotated[
     bool | None,

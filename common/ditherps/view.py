@@ -195,7 +195,7 @@ class LiveView:
             below_up, below_down, below = progress.below_float32
             table.add_row("[b]loss[/b]", _number(record["train_loss"]), "[b]accuracy[/b]", _number(progress.accuracy))
             table.add_row("[b]up[/b]", f"{bits(up)}  ({bits(up / rounds)} a round)", "[b]workers[/b]",
-                          f"{contributions} of {job.workers} in the last round")  # fmt: skip
+                          f"{contributions} of {contributions + len(record['absent'])} in the last round")  # fmt: skip
             table.add_row("[b]down[/b]", f"{bits(down)}  ({bits(down / rounds)} a round)", "[b]below float32[/b]",
                           f"{below_up} up, {below_down} down, {below} both")  # fmt: skip
             share = progress.failed_share
@@ -203,7 +203,9 @@ class LiveView:
             table.add_row("[b]nested[/b]", f"[red]{nested}[/red]" if progress.failing else nested, "[b]left[/b]",
                           clock(progress.seconds_left))  # fmt: skip
         else:
-            table.add_row(f"waiting for {job.workers} workers, {time.monotonic() - progress.started:.0f} s")
+            table.add_row(
+                f"waiting for {job.min_workers or job.workers} workers, {time.monotonic() - progress.started:.0f} s"
+            )
         bar = ProgressBar(total=job.rounds, completed=progress.rounds)
         title = f"[b]ditherps[/b]  {job.task}  ·  {_codecs(job)}  ·  round {progress.rounds}/{job.rounds}"
         parts: list[RenderableType] = [table, bar]

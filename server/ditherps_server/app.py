@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from ditherps.metrics import ServerMetrics
 from ditherps.network import is_loopback
 from ditherps.security.credentials import Files, ServerFiles
 from ditherps.security.tokens import TokenFile
+from ditherps.signals import on_first_signal
 from ditherps.tasks import Task
 from ditherps_server.accounts import Accounts
 from ditherps_server.broadcast import Broadcast
@@ -86,8 +88,9 @@ async def serve_in(
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     broadcast = Broadcast(job.downlink, job.seed, model, down and down.for_layout(model.layout), pool)
     updater = Updater(model, job, codec, broadcast, pool)
-    _check_staging(job, codec, updater)
-    check_rule(job, codec, rules_of(job, codec, server_evaluates=False))
+    rules = rules_of(job, codec, server_evaluates=False, waits_for_workers=config.on_empty == "wait")
+    _check_staging(job, codec, rules, updater)
+    check_rule(job, codec, rules)
     origin = resumed(config, job, model, updater.optimizer)
     evaluator = None
     if job.evaluator != "worker":
@@ -110,8 +113,7 @@ async def serve_in(
         redo = NoLog()
         restored.forget_plan()
     coordinator = Coordinator(
-        job, rules_of(job, codec, server_evaluates=evaluator is not None), model, broadcast,
-        updater, evaluator,
+        job, replace(rules, server_evaluates=evaluator is not None), model, broadcast, updater, evaluator,
         Members(job.member_table, origin.job_id, origin.epoch, restored.leases), recorder, saver, redo, accounts,
         metrics, restored,
     )  # fmt: skip
@@ -145,9 +147,12 @@ async def serve_in(
     _announce(config.run_dir, announced)
     log.info("listening on %s for %d workers; run folder %s", address, job.workers, config.run_dir)
 
-    _stop_on_signals(coordinator)
+    _heed_signals(coordinator, config.grace_seconds)
     try:
         reason = await coordinator.run()
+        if reason is not Reason.FINISHED and not coordinator.failure:
+            # Before anything else: whoever ends this process may not wait for long.
+            await asyncio.to_thread(coordinator.save)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
                 await coordinator.drained()
@@ -158,20 +163,18 @@ async def serve_in(
         pool.shutdown(cancel_futures=True)
     result = accounts.result(config.run_dir, model, coordinator.last_evaluation, reason, coordinator.model_sha256)
     if not coordinator.failure:  # else the model may be between two versions
-        if reason is not Reason.FINISHED:
-            coordinator.save()
         model.save(config.run_dir / "model.safetensors")
     recorder.finish(result)
     if reason is Reason.FINISHED:
         saver.discard()
-    if reason is not Reason.FINISHED:
+    if reason not in (Reason.FINISHED, Reason.SUSPENDED):
         because = coordinator.failure or _EXPLAINED.get(reason, reason)
         raise RunFailedError(reason, f"the run ended at round {model.version} of {job.rounds}: {because}")
     return result
 
 
 _EXPLAINED = {
-    Reason.JOIN_TIMEOUT: "too few workers came within join_timeout_seconds",
+    Reason.JOIN_TIMEOUT: "too few workers were here for join_timeout_seconds",
     Reason.QUORUM: "rounds were abandoned for want of a quorum at their deadline",
     Reason.NORM: "too few contributions kept to the norm limit for a quorum",
     Reason.INTERRUPTED: "interrupted",
@@ -180,7 +183,7 @@ _EXPLAINED = {
 }
 
 
-def rules_of(job: JobConfig, codec: Codec, *, server_evaluates: bool) -> Rules:
+def rules_of(job: JobConfig, codec: Codec, *, server_evaluates: bool, waits_for_workers: bool = False) -> Rules:
     """The rounds' rules as the job says them."""
     nested = Role.NESTED in codec.roles
     return Rules(
@@ -193,6 +196,10 @@ def rules_of(job: JobConfig, codec: Codec, *, server_evaluates: bool) -> Rules:
         source_fraction=float(getattr(codec.options, "side_fraction", 1.0)) if nested else 1.0,
         evaluation_interval=job.evaluation_interval,
         server_evaluates=server_evaluates,
+        seed=job.seed,
+        sample_fraction=job.sample_fraction,
+        min_workers=job.min_workers,
+        waits_for_workers=waits_for_workers,
     )
 
 
@@ -201,12 +208,13 @@ def rpcs_at_once(limits: LimitsConfig, workers: int) -> int:
     return 256 + workers * (3 * limits.worker_streams + limits.worker_pulls + 8)
 
 
-def _check_staging(job: JobConfig, codec: Codec, updater: Updater) -> None:
+def _check_staging(job: JobConfig, codec: Codec, rules: Rules, updater: Updater) -> None:
     largest = max(updater.largest_update_bytes(role) for role in codec.roles) + updater.buffer_bytes
-    if job.workers * largest > job.staging_bytes:
+    invited = rules.invited(job.workers)
+    if invited * largest > job.staging_bytes:
         raise OptionError(
             "staging_bytes", job.staging_bytes,
-            f"at least {job.workers * largest}: {job.workers} workers times {largest} bytes, the largest contribution",
+            f"at least {invited * largest}: {invited} workers times {largest} bytes, the largest contribution",
         )  # fmt: skip
 
 
@@ -242,13 +250,11 @@ def _announce(run_dir: Path, values: dict[str, Any]) -> None:
     unfinished.replace(run_dir / "server.json")
 
 
-def _stop_on_signals(coordinator: Coordinator) -> None:
-    loop = asyncio.get_running_loop()
+def _heed_signals(coordinator: Coordinator, grace_seconds: float) -> None:
+    """SIGINT ends the run, SIGTERM suspends it, and a second one of either kind ends the process at once."""
 
-    def stop() -> None:
-        coordinator.stop(Reason.INTERRUPTED)
-        for name in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(name)  # a second signal ends at once
+    def suspend() -> None:
+        log.info("SIGTERM: suspending the run within %g s; a second signal ends at once", grace_seconds)
+        coordinator.suspend(grace_seconds)
 
-    for name in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(name, stop)
+    on_first_signal({signal.SIGINT: lambda: coordinator.stop(Reason.INTERRUPTED), signal.SIGTERM: suspend})

@@ -37,6 +37,8 @@ def server(
     resume: options.Resume = None,
     checkpoint_every: options.CheckpointEvery = None,
     durability: options.Durability = None,
+    on_empty: options.OnEmpty = None,
+    grace_seconds: options.GraceSeconds = None,
     certs: options.Certs = None,
     token_file: options.TokenFile = None,
     tls13: options.Tls13 = None,
@@ -59,8 +61,8 @@ def server(
     given: dict[str, Any] = {
         "run_dir": run_dir, "data_dir": data_dir, "host": host, "port": port, "metrics_host": metrics_host,
         "metrics_port": metrics_port, "init": init, "resume": resume, "checkpoint_every": checkpoint_every,
-        "durability": durability, "certs": certs, "token_file": token_file, "insecure": insecure,
-        "reflection": reflection,
+        "durability": durability, "on_empty": on_empty, "grace_seconds": grace_seconds,
+        "certs": certs, "token_file": token_file, "insecure": insecure, "reflection": reflection,
     }  # fmt: skip
     defaults = {"run_dir": options.default_run_dir(job.config.task, job.config.codec)}
     flags = {key: value for key, value in given.items() if value is not None}

@@ -32,8 +32,8 @@ from ditherps_server.members import Members, Session
 from ditherps_server.model import ServerModel
 from ditherps_server.records import Recorder
 from ditherps_server.redo import Abandoned, Closed, Contributed, Leased, NoLog, Opened, RedoLog, leases
-from ditherps_server.replay import Restored
 from ditherps_server.repeated import Repeated
+from ditherps_server.replay import Restored
 from ditherps_server.rounds import Phase, Plan, Rules
 from ditherps_server.saving import Saver
 from ditherps_server.staging import Announcement, Contribution, Staging
@@ -51,6 +51,7 @@ _PHASES = {
     Phase.OPEN: types_pb2.PHASE_OPEN,
     Phase.CLOSING: types_pb2.PHASE_CLOSING,
     Phase.FINISHED: types_pb2.PHASE_FINISHED,
+    Phase.SUSPENDED: types_pb2.PHASE_SUSPENDED,
 }
 
 
@@ -90,6 +91,8 @@ class Coordinator:
         self._evaluating = asyncio.Lock()
         self._finished: asyncio.Future[Reason] = asyncio.get_running_loop().create_future()
         self._closed: tuple[types_pb2.RoundResult, frozenset[int]] | None = None
+        self._concerned: frozenset[int] = frozenset()
+        """The invited of the round that was open when the workers were told last."""
         self._entered = restored.entered
         """By worker, the last round that its contribution entered: it may not have been listening."""
         self._moving = False
@@ -272,10 +275,11 @@ class Coordinator:
     def status(self) -> pb.StatusResponse:
         """What the server does and waits for."""
         now, traffic, state = self._clock(), self.accounts.traffic, self._state
+        waiting = rounds.waiting(self._rules, state, now)
         return pb.StatusResponse(
             task=self.job.task, codec=self.job.codec, downlink_codec=self.broadcast.codec_name,
             phase=_PHASES[state.phase], round=state.round, rounds=self.job.rounds, version=self.model.version,
-            waiting_for=rounds.waiting_for(self._rules, state, now), waiting_seconds=now - state.since,
+            waiting_for=waiting.sentence, waiting_seconds=now - waiting.since,
             members=[
                 pb.MemberStatus(
                     index=index, worker=member.name, state=self._state_of(index),
@@ -342,6 +346,10 @@ class Coordinator:
         """End the run now."""
         self._handle(rounds.Stop(reason))
 
+    def suspend(self, grace_seconds: float) -> None:
+        """Leave the run to the next server, as soon as the open round is closed, at the latest after the grace."""
+        self._handle(rounds.Suspend(self._clock() + grace_seconds))
+
     async def drained(self) -> None:
         """Returns when every worker that listens has been told the end."""
         await self._watchers.close()
@@ -351,8 +359,10 @@ class Coordinator:
         self._watchers.end(index, stream)
 
     def _watch_gauges(self) -> None:
-        state = self._state
-        self._metrics.waiting_seconds.set(self._clock() - state.since)
+        state, now = self._state, self._clock()
+        waiting = rounds.waiting(self._rules, state, now)
+        for awaited in rounds.Awaited:
+            self._metrics.waiting_seconds.labels(awaited).set(now - waiting.since if awaited is waiting.awaited else 0)
         self._metrics.staged_bytes.set(self._staging.held_bytes)
         invited = len(state.plan.roles) if state.phase is Phase.OPEN and state.plan else 0
         self._metrics.round_workers.labels("present").set(len(state.present))
@@ -502,9 +512,15 @@ class Coordinator:
     # What the workers are told.
 
     def _tell(self) -> None:
+        """Tell the workers what concerns them: the end of a round that they were invited to, their plan, the end."""
         closed, self._closed = self._closed, None
+        state, before = self._state, self._concerned
+        running = state.phase not in (Phase.FINISHED, Phase.SUSPENDED)
+        self._concerned = frozenset(state.plan.roles) if state.phase is Phase.OPEN and state.plan else frozenset()
         for index in self._watchers.streams:
-            self._watchers.tell(index, self._response(index, closed))
+            response = self._response(index, closed if index in before else None)
+            if index in before or response.HasField("opened") or not running:
+                self._watchers.tell(index, response)
 
     def _response(self, index: int, closed: tuple[types_pb2.RoundResult, frozenset[int]] | None) -> pb.WatchResponse:
         state = self._state
@@ -522,7 +538,7 @@ class Coordinator:
                     deadline_seconds=max(0.0, plan.deadline_at - self._clock()),
                 )
             )  # fmt: skip
-        if self.model_sha256:
+        if self.model_sha256 and state.phase is Phase.FINISHED:
             reason = self._finished.result()
             response.finished.CopyFrom(
                 types_pb2.JobResult(reason=reason.value, version=self.model.version, model_sha256=self.model_sha256)

@@ -2,6 +2,7 @@
 
 It holds who takes part and when; it knows nothing of tensors, sockets, files or clocks. Times are seconds of any
 monotonic clock. States: waiting for workers -> open -> closing -> (applied, so the next opens) -> ... -> finished.
+A run can be suspended in between: the server goes, and another goes on from what it leaves behind.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ import enum
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from ditherps.codecs.base import Role
+from ditherps.dither import SERVER, Address, Domain, words_at
 from ditherps.errors import Reason
 
 SERVER_EVALUATES = -1
@@ -25,6 +28,18 @@ class Phase(enum.StrEnum):
     OPEN = "open"
     CLOSING = "closing"
     FINISHED = "finished"
+    SUSPENDED = "suspended"
+
+
+class Awaited(enum.StrEnum):
+    """What the server waits for: one closed list for sentences and the gauge's label."""
+
+    WORKERS = "workers"
+    CONTRIBUTIONS = "contributions"
+    EVALUATION = "evaluation"
+    UPDATE = "update"
+    FAREWELL = "farewell"
+    """The workers have to be told how the run ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +58,27 @@ class Rules:
     server_evaluates: bool = True
     abandon_limit: int = 5
     """Attempts at one round before the run fails."""
+    seed: int = 0
+    """The job's: whom a round invites follows from it."""
+    sample_fraction: float = 1.0
+    """Share of the present workers that a round invites."""
+    min_workers: int = 0
+    """How many have to be here for a round to open; 0: all, later and after `join_timeout_seconds` a quorum."""
+    waits_for_workers: bool = False
+    """Whether to wait for workers without a limit."""
 
     def needed(self, invited: int) -> int:
         """Contributions that a quorum of `invited` workers takes."""
         return _ceiling(self.quorum * invited)
+
+    @property
+    def fewest_present(self) -> int:
+        """With fewer workers no round ever opens."""
+        return self.min_workers or self.needed(self.workers)
+
+    def invited(self, present: int) -> int:
+        """How many of `present` workers a round invites."""
+        return min(present, max(1, _ceiling(self.sample_fraction * present)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +125,10 @@ class State:
     """A round has opened since the server started: from then on a quorum is enough to open the next."""
     abandoned: int = 0
     """Abandoned attempts at the present round."""
+    empty_since: float | None = None
+    """When the last worker went; None while one is here."""
+    suspend_at: float | None = None
+    """When the run is suspended at the latest, where that was asked for: until then the open round may close."""
 
     @property
     def present(self) -> tuple[int, ...]:
@@ -161,7 +197,14 @@ class Stop:
     reason: Reason
 
 
-Event = Joined | Left | Seen | Delivered | Evaluated | Applied | Unusable | Tick | Stop
+@dataclass(frozen=True, slots=True)
+class Suspend:
+    """The server has to go: open no round any more, and leave the open one as it is at this time (seconds)."""
+
+    at: float
+
+
+Event = Joined | Left | Seen | Delivered | Evaluated | Applied | Unusable | Tick | Stop | Suspend
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +233,7 @@ class AbandonRound:
 
 @dataclass(frozen=True, slots=True)
 class FinishRun:
-    """The run is over."""
+    """The run is over; or, with the reason `suspended`, it is for another server to go on with."""
 
     reason: Reason
 
@@ -200,11 +243,13 @@ Action = OpenRound | CloseRound | AbandonRound | FinishRun
 
 def step(rules: Rules, state: State, event: Event, now: float) -> tuple[State, tuple[Action, ...]]:
     """The state after `event` at time `now` (seconds), and what is to be done, in order."""
-    if state.phase is Phase.FINISHED:
+    if state.phase in (Phase.FINISHED, Phase.SUSPENDED):
         return state, ()
     match event:
         case Stop(reason):
             return _finish(state, reason, now)
+        case Suspend(at):
+            state = replace(state, suspend_at=at)
         case Joined(index, name):
             state = _with_member(state, index, Member(name, present=True, last_seen=now))
         case Left(index, reason) if index in state.members:
@@ -223,26 +268,67 @@ def step(rules: Rules, state: State, event: Event, now: float) -> tuple[State, t
             return _abandon(rules, state, reason, now)
         case Tick():
             state = _silence(rules, state, now)
+    if state.present:
+        state = replace(state, empty_since=None)
+    elif state.empty_since is None:
+        state = replace(state, empty_since=now)
     return _settle(rules, state, now)
 
 
-def waiting_for(rules: Rules, state: State, now: float) -> str:
-    """One sentence: what the server waits for."""
+class Waiting(NamedTuple):
+    """What the server waits for, and since when."""
+
+    awaited: Awaited
+    since: float
+    sentence: str
+
+
+def waiting(rules: Rules, state: State, now: float) -> Waiting:
+    """What the server waits for at time `now` (seconds)."""
     match state.phase:
         case Phase.WAITING:
-            return f"workers: {len(state.present)} of {rules.workers} are here"
-        case Phase.OPEN if state.plan is not None:
-            pending = [index for index in state.plan.roles if index not in state.delivered]
-            if not pending:
-                return f"the evaluation of version {state.plan.base_version}"
-            shown = ", ".join(_described(state.members[index], now) for index in pending[:3])
-            more = f" and {len(pending) - 3} more" if len(pending) > 3 else ""
-            invited = len(state.plan.roles)
-            return f"contributions: {invited - len(pending)} of {invited} are here; missing: {shown}{more}"
+            return _waiting_for_workers(rules, state, now)
+        case Phase.OPEN:
+            found = _waiting_in_round(rules, state, now)
         case Phase.CLOSING:
-            return "the update to be applied"
-        case _:
-            return "nothing"
+            found = Waiting(Awaited.UPDATE, state.since, "the update to be applied")
+        case Phase.FINISHED:
+            return Waiting(Awaited.FAREWELL, state.since, "the workers to hear that the run is over")
+        case Phase.SUSPENDED:
+            return Waiting(Awaited.FAREWELL, state.since, "the workers to hear that the run is suspended")
+    if state.suspend_at is None:
+        return found
+    left = max(0.0, state.suspend_at - now)
+    suffix = f"in {left:.0f} s at the latest" if state.phase is Phase.OPEN else "after it"
+    return found._replace(sentence=f"{found.sentence}; the run is suspended {suffix}")
+
+
+def _waiting_for_workers(rules: Rules, state: State, now: float) -> Waiting:
+    since, here = _awaits_workers_since(state), len(state.present)
+    left = max(0.0, since + rules.join_timeout_seconds - now)
+    if here >= rules.fewest_present:  # the first round waits for the others
+        sentence = f"workers: {here} of {rules.workers} are here; the round opens without the others in {left:.0f} s"
+    else:
+        sentence = f"workers: {here} of the {rules.fewest_present} that a round needs are here; {_limit(rules, left)}"
+    return Waiting(Awaited.WORKERS, since, sentence)
+
+
+def _waiting_in_round(rules: Rules, state: State, now: float) -> Waiting:
+    plan, pending = _plan_of(state), _pending(state)
+    if not _any_present(state, pending) and has_quorum(rules, plan, state.delivered):
+        return Waiting(Awaited.EVALUATION, state.since, f"the evaluation of version {plan.base_version}")
+    here = f"{len(plan.roles) - len(pending)} of {len(plan.roles)}"
+    if state.empty_since is not None:
+        left = max(0.0, state.empty_since + rules.join_timeout_seconds - now)
+        sentence = f"workers: none is here, and {here} contributions are; {_limit(rules, left)}"
+        return Waiting(Awaited.WORKERS, state.empty_since, sentence)
+    shown = ", ".join(_described(state.members[index], now) for index in pending[:3])
+    more = f" and {len(pending) - 3} more" if len(pending) > 3 else ""
+    return Waiting(Awaited.CONTRIBUTIONS, state.since, f"contributions: {here} are here; missing: {shown}{more}")
+
+
+def _limit(rules: Rules, left_seconds: float) -> str:
+    return "there is no limit" if rules.waits_for_workers else f"the run ends in {left_seconds:.0f} s without them"
 
 
 def _described(member: Member, now: float) -> str:
@@ -273,17 +359,38 @@ def _settle(rules: Rules, state: State, now: float) -> tuple[State, tuple[Action
 
 
 def _try_open(rules: Rules, state: State, now: float) -> tuple[State, tuple[Action, ...]]:
-    waited = now - state.since >= rules.join_timeout_seconds
-    enough = len(state.present) >= rules.needed(rules.workers)
+    present = state.present
+    waited = now - _awaits_workers_since(state) >= rules.join_timeout_seconds
+    enough = len(present) >= rules.fewest_present
     # The first round waits for everybody as long as it may; later ones go on with a quorum.
-    if len(state.present) >= rules.workers or (enough and (state.begun or waited)):
-        return _open(rules, state, state.present, now)
-    return _finish(state, Reason.JOIN_TIMEOUT, now) if waited else (state, ())
+    if len(present) >= rules.workers or (enough and (rules.min_workers or state.begun or waited)):
+        return _open(rules, state, invite(rules, state.round, present), now)
+    if waited and not rules.waits_for_workers:
+        return _finish(state, Reason.JOIN_TIMEOUT, now)
+    return state, ()
+
+
+def _awaits_workers_since(state: State) -> float:
+    """Since when the machine waits for workers to come: all may have gone before their round was abandoned."""
+    return state.since if state.empty_since is None else min(state.since, state.empty_since)
+
+
+def invite(rules: Rules, round_: int, present: tuple[int, ...]) -> tuple[int, ...]:
+    """The workers that a round invites, a function of the seed, the round and who is here: indices, ascending.
+
+    They are those of the smallest keys; worker i's key is word i of the round's invitation stream.
+    """
+    count = rules.invited(len(present))
+    if count == len(present):
+        return present
+    address = Address(seed=rules.seed, round=round_, sender=SERVER, domain=Domain.INVITATION)
+    keyed = sorted(zip(words_at(address, present).tolist(), present, strict=True))
+    return tuple(sorted(index for _, index in keyed[:count]))
 
 
 def _open(rules: Rules, state: State, invited: tuple[int, ...], now: float) -> tuple[State, tuple[Action, ...]]:
     roles = assign_roles(invited, rules.source_fraction)
-    evaluator = _evaluator(rules, state)
+    evaluator = _evaluator(rules, state, invited)
     attempt, encoded = (0, {}) if state.plan is None else (state.plan.attempt, state.encoded)
     if any(encoded.get(index, role) != role for index, role in roles.items()):
         attempt, encoded = attempt + 1, {}
@@ -306,29 +413,48 @@ def _ceiling(value: float) -> int:
     return math.ceil(value - 1e-9)
 
 
-def _evaluator(rules: Rules, state: State) -> int | None:
+def _evaluator(rules: Rules, state: State, invited: tuple[int, ...]) -> int | None:
+    """The server, or the lowest of the invited; where nobody is invited, the lowest that is here."""
     due = state.round % rules.evaluation_interval == 0 or state.round >= rules.rounds
     if not due:
         return None
     if rules.server_evaluates:
         return SERVER_EVALUATES
-    return state.present[0] if state.present else None
+    return next(iter(invited or state.present), None)
 
 
 def _try_close(rules: Rules, state: State, now: float) -> tuple[State, tuple[Action, ...]]:
-    plan = state.plan
-    assert plan is not None
-    pending = [index for index in plan.roles if index not in state.delivered]
+    plan, pending = _plan_of(state), _pending(state)
     late = now >= plan.deadline_at
-    if any(state.members[index].present for index in pending) and not late:
-        return state, ()
-    if not state.evaluated and not late and _can_evaluate(state, plan):
-        return state, ()
-    if has_quorum(rules, plan, state.delivered):
+    enough = has_quorum(rules, plan, state.delivered)
+    evaluating = not state.evaluated and _can_evaluate(state, plan)
+    if enough and (late or not (evaluating or _any_present(state, pending))):
         absent = {index: state.members[index].why_absent or Reason.DEADLINE for index in pending}
         members = tuple(index for index in plan.roles if index in state.delivered)
         return replace(state, phase=Phase.CLOSING, since=now), (CloseRound(plan, members, absent),)
-    return _abandon(rules, state, Reason.QUORUM, now) if late else (state, ())
+    deserted_since = None if enough else state.empty_since
+    if state.suspend_at is not None and (now >= state.suspend_at or deserted_since is not None):
+        return _suspend(state, now)
+    if late:
+        return _abandon(rules, state, Reason.QUORUM, now)
+    deserted = deserted_since is not None and now - deserted_since >= rules.join_timeout_seconds
+    if deserted and not rules.waits_for_workers:
+        return _finish(state, Reason.JOIN_TIMEOUT, now)
+    return state, ()
+
+
+def _plan_of(state: State) -> Plan:
+    assert state.plan is not None
+    return state.plan
+
+
+def _pending(state: State) -> list[int]:
+    """The invited that have not delivered."""
+    return [index for index in _plan_of(state).roles if index not in state.delivered]
+
+
+def _any_present(state: State, indices: Collection[int]) -> bool:
+    return any(state.members[index].present for index in indices)
 
 
 def _can_evaluate(state: State, plan: Plan) -> bool:
@@ -375,8 +501,8 @@ def _advance(rules: Rules, state: State, now: float) -> tuple[State, tuple[Actio
 def _next(rules: Rules, state: State, now: float) -> tuple[State, tuple[Action, ...]]:
     """Open the next round, or wait for who is needed for it; after the last one evaluate, and finish."""
     if state.round < rules.rounds:
-        return _try_open(rules, state, now)
-    if state.round == rules.rounds and _evaluator(rules, state) is not None:
+        return _try_open(rules, state, now) if state.suspend_at is None else _suspend(state, now)
+    if state.round == rules.rounds and _evaluator(rules, state, ()) is not None:
         # One past the last round nobody is invited: it is there to evaluate the final model.
         return _open(rules, state, (), now)
     return _finish(state, Reason.FINISHED, now)
@@ -384,3 +510,7 @@ def _next(rules: Rules, state: State, now: float) -> tuple[State, tuple[Action, 
 
 def _finish(state: State, reason: Reason, now: float) -> tuple[State, tuple[Action, ...]]:
     return replace(state, phase=Phase.FINISHED, since=now), (FinishRun(reason),)
+
+
+def _suspend(state: State, now: float) -> tuple[State, tuple[Action, ...]]:
+    return replace(state, phase=Phase.SUSPENDED, since=now), (FinishRun(Reason.SUSPENDED),)

@@ -50,12 +50,14 @@ def check_rule(job: JobConfig, codec: Codec, rules: Rules) -> None:
             )  # fmt: skip
     if not aggregation.robust:
         return
-    # The fewest that can make a round: a quorum of the job is invited, and a quorum of each role delivers.
-    invited = rules.needed(rules.workers)
+    # The fewest that can make a round: of as few as open one a share is invited, and a quorum of each role delivers.
+    invited = rules.invited(rules.fewest_present)
     roles = list(assign_roles(tuple(range(invited)), rules.source_fraction).values())
     sources, others = (rules.needed(roles.count(role)) for role in (Role.SOURCE, Role.NESTED))
     least = least_contributions(aggregation)
     among = f"workers = {job.workers}, quorum = {job.quorum:g}"
+    among += f", min_workers = {job.min_workers}" if job.min_workers else ""
+    among += f", sample_fraction = {job.sample_fraction:g}" if job.sample_fraction < 1 else ""
     if sources + others < least:
         raise OptionError(
             "aggregation.name", aggregation.name,

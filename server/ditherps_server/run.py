@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ditherps.config import JobConfig, ServerConfig
+from ditherps.errors import Reason
 from ditherps.memory import keep_freed_memory
 from ditherps.summary import print_summary
 from ditherps.tasks import Task
@@ -24,10 +27,15 @@ def run_server(job: JobConfig, config: ServerConfig, task: Task) -> dict[str, An
         with shown:
             result = uvloop.run(serve(job, config, task, shown.show))
     finally:
-        if (config.run_dir / "result.json").exists():
+        if _ended(config.run_dir / "result.json"):
             # Matplotlib takes a second to load: only now, when nobody waits for a round.
             from ditherps.plots import plot_run
 
             plot_run(config.run_dir)
     print_summary(asdict(result))
     return asdict(result)
+
+
+def _ended(result: Path) -> bool:
+    """Whether a run has ended; one that is suspended goes on, and whoever suspended it does not wait for plots."""
+    return result.exists() and json.loads(result.read_text())["reason"] != Reason.SUSPENDED

@@ -36,12 +36,15 @@ class Watchers:
     def __init__(self) -> None:
         self.streams: dict[int, Watchers.Stream] = {}
         self._none = asyncio.Event()
+        self._closing = False
 
     def begin(self, index: int, first: pb.WatchResponse) -> Stream:
         """A new stream for a worker, which begins with `first`."""
         self.end(index)
         stream = self.streams[index] = self.Stream(first)
         self._none.clear()
+        if self._closing:
+            stream.tell(None)
         return stream
 
     def tell(self, index: int, response: pb.WatchResponse) -> None:
@@ -57,7 +60,8 @@ class Watchers:
             self._none.set()
 
     async def close(self) -> None:
-        """End all streams after what is queued, and wait until their readers are through."""
+        """End all streams after what is queued, new ones after their first message, and wait for their readers."""
+        self._closing = True
         for stream in self.streams.values():
             stream.tell(None)
         if self.streams:

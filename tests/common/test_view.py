@@ -22,7 +22,8 @@ FLOAT32 = 4 * COORDINATES * WORKERS
 def record(version: int, up: int = FLOAT32 // 20, down: int = FLOAT32 // 5, before: int = 0) -> dict[str, Any]:
     """The record of a round in which so many bytes went up and down, as in each before it."""
     return {
-        "version": before + version, "workers": [0, 1], "coordinates": COORDINATES, "elapsed_seconds": float(version),
+        "version": before + version, "workers": [0, 1], "absent": {"3": "silent"},
+        "coordinates": COORDINATES, "elapsed_seconds": float(version),
         "train_loss": 0.5, "test_accuracy": 0.75, "nested_tiles": 0, "nested_failed_tiles": 0,
         "uplink_bytes": up, "downlink_bytes": down, "step_lag_rounds": 0.3,
         "uplink_total_bytes": (before + version) * up, "downlink_total_bytes": (before + version) * down,

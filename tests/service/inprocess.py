@@ -102,6 +102,7 @@ async def serving(
     finally:
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().remove_signal_handler(name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         running.cancel()
         with contextlib.suppress(asyncio.CancelledError, RunFailedError):
             await running

@@ -758,7 +758,7 @@ class TestStatus:
             status = await a.status()
             assert (status.job_id, status.task, status.codec) == (served.job_id, "tiny", "dqsg")
             assert (status.phase, status.rounds) == (types_pb2.PHASE_WAITING, 3)
-            assert status.waiting_for == "workers: 0 of 2 are here"
+            assert status.waiting_for.startswith("workers: 0 of the 2 that a round needs are here; the run ends in ")
             await a.join("worker-0")
             assert await a.states() == ["here"]
             await b.join("worker-1")

@@ -303,7 +303,7 @@ async def test_a_worker_takes_its_new_certificate_when_it_connects_again(tmp_pat
             authority.server([], renew=True)
             assert await refusal(served.address, root / "workers/worker-0") is Reason.WRONG_CA
             authority.worker("worker-0", renew=True)
-            await client.join(b"key")
+            await client.join(b"key", 5)
             await client.heartbeat()
         finally:
             await client.close()

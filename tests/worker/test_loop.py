@@ -302,7 +302,7 @@ async def test_a_worker_that_still_computes_when_the_job_ends_is_told_the_end(tm
 
 async def test_a_worker_that_still_computes_when_the_server_is_stopped_knows_why(tmp_path: Path) -> None:
     async with slow_and_fast(tmp_path) as (served, gated, _, slow):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(RunFailedError):
             await served.running
         gated.gate.set()
@@ -522,7 +522,7 @@ async def clients(address: str, count: int, chunk_bytes: int) -> AsyncIterator[l
     try:
         config = WorkerConfig(server=address, name="worker-0", task="tiny")
         made += [Client(config, wire.WireMeter()) for _ in range(count)]
-        joined = await made[0].join(b"")
+        joined = await made[0].join(b"", 5)
         joined.chunk_bytes = chunk_bytes
         for client in made:
             client._joined = joined

@@ -8,7 +8,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ditherps.errors import ExitCode, OptionError, Reason, RefusedError, Unreach
 from ditherps.files import claimed
 from ditherps.memory import keep_freed_memory
 from ditherps.metrics import DOWN, UP, WorkerMetrics
+from ditherps.signals import on_first_signal
 from ditherps.tasks import load_task, task_names
 from ditherps_worker.client import Client
 from ditherps_worker.compute import Computer, make_deterministic
@@ -82,12 +83,16 @@ async def _work(config: WorkerConfig, device: torch.device) -> ExitCode:
     client = Client(config, meter)
     job = asyncio.ensure_future(Loop(config, client, make_computer, metrics).run())
     exporter = asyncio.ensure_future(_export(meter, metrics))
+    ended_by: list[signal.Signals] = []
+    _cancel_on_signals(job, ended_by)
     try:
-        with _cancelled_by_signals(job):
-            result = await job
+        result = await job
         log.info("job finished: version=%d model_sha256=%s", result.version, result.model_sha256)
         return ExitCode.OK
     except asyncio.CancelledError:
+        if signal.SIGTERM in ended_by:
+            log.info("SIGTERM: left")
+            return ExitCode.OK
         log.info("interrupted")
         return ExitCode.INTERRUPTED
     finally:
@@ -105,15 +110,14 @@ async def _export(meter: wire.WireMeter, metrics: WorkerMetrics) -> None:
         await asyncio.sleep(1.0)
 
 
-@contextlib.contextmanager
-def _cancelled_by_signals(job: asyncio.Future[Any]) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
+def _cancel_on_signals(job: asyncio.Future[Any], ended_by: list[signal.Signals]) -> None:
+    """SIGINT and SIGTERM cancel the job, and note which it was; a second one ends the process at once."""
 
-    def stop() -> None:
-        job.cancel()
-        for name in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(name)  # a second signal ends at once
+    def cancelled_by(name: signal.Signals) -> Callable[[], None]:
+        def cancel() -> None:
+            ended_by.append(name)
+            job.cancel()
 
-    for name in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(name, stop)
-    yield
+        return cancel
+
+    on_first_signal({name: cancelled_by(name) for name in (signal.SIGINT, signal.SIGTERM)})

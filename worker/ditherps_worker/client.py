@@ -56,8 +56,8 @@ class Client:
         """Close the channel."""
         await self._connection.close()
 
-    async def join(self, lease_key: bytes) -> pb.JoinResponse:
-        """Join; waits for a server that is not there yet, at most `connect_timeout_seconds`.
+    async def join(self, lease_key: bytes, limit_seconds: float) -> pb.JoinResponse:
+        """Join; waits for a server that is not there yet, at most `limit_seconds`.
 
         Raises `HandshakeError` as soon as it is certain that no connection will come about.
         """
@@ -70,8 +70,7 @@ class Client:
             task=self._config.task,
             limits=stated(self._config),
         )
-        limit = self._config.connect_timeout_seconds
-        joining = self._call(self._stub.Join(request, timeout=limit, wait_for_ready=True))
+        joining = self._call(self._stub.Join(request, timeout=limit_seconds, wait_for_ready=True))
         self._joined = await self._connection.explained(joining)
         return self._joined
 

@@ -32,7 +32,9 @@ log = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.2, 5.0
 _JOIN_AGAIN = (Reason.WRONG_JOB, Reason.WRONG_EPOCH, Reason.NOT_JOINED)
-_TRY_AGAIN = (Reason.STAGING_FULL, Reason.DISK_FULL, Reason.JOIN_RATE, Reason.TOO_MANY_STREAMS)
+_NO_ROOM = (
+    Reason.MEMBERS_FULL, Reason.STAGING_FULL, Reason.DISK_FULL, Reason.JOIN_RATE, Reason.TOO_MANY_STREAMS,
+)  # fmt: skip
 """The server has no room now, and may have it soon."""
 _LARGEST_RESULTS = 64
 """Ends of rounds that are kept for who has not looked yet."""
@@ -78,11 +80,12 @@ class State:
     async def changed(self) -> pb.WatchResponse:
         """The newest state, once there is one that has not been seen; raises what broke the stream.
 
-        The end of the job is the last word: that the stream ends after it says nothing.
+        The end of the job, or its suspension, is the last word: that the stream ends after it says nothing.
         """
         await self._changed.wait()
         self._changed.clear()
-        if self.lost is not None and not self.latest.HasField("finished"):
+        last_word = self.latest.HasField("finished") or self.latest.phase == types_pb2.PHASE_SUSPENDED
+        if self.lost is not None and not last_word:
             raise self.lost
         return self.latest
 
@@ -111,31 +114,36 @@ class Loop:
     async def run(self) -> types_pb2.JobResult:
         """Until the job is over.
 
-        A lost connection is made anew, with a jittered, growing pause, for at most `connect_timeout_seconds` without a
-        contribution; so is one that brought broken content, and a server without room is tried again as long. Raises
-        `RefusedError`, `UnreachableError`, `PayloadError`, `RunFailedError`.
+        A lost connection is made anew, with a jittered, growing pause, for at most `connect_timeout_seconds`; so is one
+        that brought broken content, as long in all without a state that this worker could act on. A server without room
+        is asked again as long: who had this worker's place may not have been missed yet.
+
+        Raises `RefusedError`, `UnreachableError`, `PayloadError`, `RunFailedError`.
         """
+        limit_seconds, said = self._config.connect_timeout_seconds, ""
         backoff, lost_since = _FIRST_BACKOFF_SECONDS, math.inf
         while True:
             self._progressed = False
+            lost_seconds = max(0.0, time.monotonic() - lost_since)
             try:
-                return await self._session()
+                return await self._session(max(_FIRST_BACKOFF_SECONDS, limit_seconds - lost_seconds))
             except (UnreachableError, RefusedError, PayloadError) as error:
-                full = isinstance(error, RefusedError) and error.reason in _TRY_AGAIN
-                if isinstance(error, RefusedError) and not full and error.reason not in _JOIN_AGAIN:
+                if isinstance(error, RefusedError) and error.reason not in (*_JOIN_AGAIN, *_NO_ROOM):
                     raise
                 now = time.monotonic()
                 if self._progressed or lost_since == math.inf:
-                    backoff, lost_since = _FIRST_BACKOFF_SECONDS, now
-                if not (self._job_id or full) or now - lost_since > self._config.connect_timeout_seconds:
+                    backoff, lost_since, said = _FIRST_BACKOFF_SECONDS, now, ""
+                if not (self._job_id or isinstance(error, RefusedError)) or now - lost_since > limit_seconds:
                     raise
-                log.warning("%s, trying again: %s", "the server has no room" if full else "connection lost", error)
+                if str(error) != said:
+                    said = str(error)
+                    log.warning("%s; trying again for at most %g s", said, limit_seconds - (now - lost_since))
             self._metrics.reconnects.inc()
             await asyncio.sleep(backoff * random.uniform(0.5, 1.5))
             backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
 
-    async def _session(self) -> types_pb2.JobResult:
-        joined = await self._client.join(self._lease_key)
+    async def _session(self, join_seconds: float) -> types_pb2.JobResult:
+        joined = await self._client.join(self._lease_key, join_seconds)
         try:
             job = accepted(joined, stated(self._config))
         except (RefusedError, PayloadError) as error:
@@ -152,19 +160,22 @@ class Loop:
                 await self._settle()
                 if latest.HasField("finished"):
                     return await self._finished(latest.finished)
+                if latest.phase == types_pb2.PHASE_SUSPENDED:
+                    raise UnreachableError(f"server {self._config.server} has suspended the run and may be back")
                 if latest.HasField("opened"):
                     try:
                         await self._take_part(job, joined.index, latest.opened, state)
                     except (UnreachableError, RefusedError):
                         if not state.latest.HasField("finished"):
                             raise
+                self._progressed = True
         except (UnreachableError, PayloadError):
             raise  # the connection is made anew
         except asyncio.CancelledError:
             await self._leave(Reason.INTERRUPTED)
             raise
         except (RefusedError, RunFailedError) as error:
-            if error.reason not in _TRY_AGAIN:  # else it stays, and comes back at once
+            if error.reason not in _NO_ROOM:  # else it stays, and comes back at once
                 await self._leave(error.reason)
             raise
         except BaseException:
@@ -287,7 +298,6 @@ class Loop:
             self._feedback.commit(included=False)
             self._sent = None
             return
-        self._progressed = True
         self._metrics.push_seconds.observe(time.perf_counter() - began)
         size = len(self._sent.update) + len(self._sent.buffers)
         self._metrics.payload_bytes.labels(UP, job.codec).inc(size)

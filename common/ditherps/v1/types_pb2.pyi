@@ -50,6 +50,8 @@ class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Phase.ValueType
     PHASE_OPEN: _Phase.ValueType  # 2
     PHASE_CLOSING: _Phase.ValueType  # 3
     PHASE_FINISHED: _Phase.ValueType  # 4
+    PHASE_SUSPENDED: _Phase.ValueType  # 5
+    """The server goes, and another will go on with the job: come back."""
 
 class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
     """Where the round's state machine stands."""
@@ -59,6 +61,8 @@ PHASE_WAITING: Phase.ValueType  # 1
 PHASE_OPEN: Phase.ValueType  # 2
 PHASE_CLOSING: Phase.ValueType  # 3
 PHASE_FINISHED: Phase.ValueType  # 4
+PHASE_SUSPENDED: Phase.ValueType  # 5
+"""The server goes, and another will go on with the job: come back."""
 Global___Phase: _TypeAlias = Phase  # noqa: Y015
 
 @_typing.final
