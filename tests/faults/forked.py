@@ -1,12 +1,13 @@
 """Processes that begin in a fraction of a second: forks of one that has imported everything, and does nothing else.
 
-They run the same command line as those of `harness.start`, and can be killed as any other. What they do not do is
-import anything anew, so a clock that jumps (`points`) needs a process that starts from nothing.
+They run the same command line as those of `harness.start`, can be killed as any other, and put on another host. What
+they do not do is import anything anew, so a clock that jumps (`points`) needs a process that starts from nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -20,6 +21,7 @@ from typing import IO, Any, cast
 
 from tests.service.harness import DITHERPS, ROOT, environment
 
+_NETWORK_NAMESPACE = 0x40000000  # CLONE_NEWNET; Python has os.setns from 3.12 on
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.faults.preloaded"])
 
@@ -27,14 +29,18 @@ _context.set_forkserver_preload(["tests.faults.preloaded"])
 class Forked:
     """As much of a `subprocess.Popen` as a cluster needs."""
 
-    def __init__(self, program: Sequence[str], arguments: Sequence[str], stderr: IO[str] | None) -> None:
+    def __init__(
+        self, program: Sequence[str], arguments: Sequence[str], stderr: IO[str] | None, namespace: str
+    ) -> None:
         """`program`: a Python, `-m`, a module, and its first arguments; output goes to files."""
         self._folder = Path(tempfile.mkdtemp(prefix="forked-"))
         self._output = self._folder / "output"
         self._error = Path(stderr.name) if stderr is not None else self._folder / "error"
         self.args = [*program, *arguments]
         self.stderr = None
-        self._process = _context.Process(target=_run, args=(self.args[1:], str(self._output), str(self._error)))
+        self._process = _context.Process(
+            target=_run, args=(self.args[1:], str(self._output), str(self._error), namespace)
+        )
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -67,15 +73,17 @@ class Forked:
 
 
 def start_forked(
-    arguments: Sequence[object], program: Sequence[str] = DITHERPS, stderr: Any = None, **options: Any
+    arguments: Sequence[object], program: Sequence[str] = DITHERPS, stderr: Any = None, namespace: str = ""
 ) -> subprocess.Popen[str]:
-    """As `harness.start`, at once."""
-    assert not options, options
-    return cast("subprocess.Popen[str]", Forked(program, [str(argument) for argument in arguments], stderr))
+    """As `harness.start`, at once; in a network namespace (`hosts`) where one is named."""
+    words = [str(argument) for argument in arguments]
+    return cast("subprocess.Popen[str]", Forked(program, words, stderr, namespace))
 
 
-def _run(arguments: Sequence[str], output: str, error: str) -> None:
+def _run(arguments: Sequence[str], output: str, error: str, namespace: str) -> None:
     """In the child: become `python -m MODULE ARGUMENTS`."""
+    if namespace:
+        _enter(namespace)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(environment())
@@ -88,3 +96,10 @@ def _run(arguments: Sequence[str], output: str, error: str) -> None:
     assert option == "-m"
     sys.argv = [module, *rest]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _enter(namespace: str) -> None:
+    """Before there is another thread: each has its own."""
+    with open(f"/run/netns/{namespace}") as opened:
+        if ctypes.CDLL(None, use_errno=True).setns(opened.fileno(), _NETWORK_NAMESPACE) != 0:
+            raise OSError(ctypes.get_errno(), f"network namespace {namespace}")

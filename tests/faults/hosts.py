@@ -24,8 +24,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.service.harness import DITHERPS
-
 _TUN = Path("/dev/net/tun")
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 _PACKET_BYTES = 1 << 16
@@ -38,13 +36,9 @@ class Host:
 
     name: str
     namespace: str
+    """Name of `ip netns`, and `namespace` of `start_forked`."""
     address: str
     """IPv4."""
-
-    @property
-    def ditherps(self) -> tuple[str, ...]:
-        """What runs `ditherps` there (`program` of `harness.start`)."""
-        return ("ip", "netns", "exec", self.namespace, *DITHERPS)
 
 
 class Wire:

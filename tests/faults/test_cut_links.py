@@ -11,7 +11,10 @@ from ditherps import wire
 from ditherps.job import resolve_job
 from tests.faults.link import How, Way, link_to
 from tests.service.harness import Cluster
+from tests.service.inprocess import serving
 from tests.service.simulation import simulated
+from tests.tiny import Tiny
+from tests.worker.test_loop import worker
 
 WORKERS = 2
 PUSH_BYTES = 4 * 550_004
@@ -65,9 +68,14 @@ def test_links_that_are_cut_in_the_middle_of_pushes(cluster: Cluster, faults_in_
     assert sum(pauses) < 3.0 * len(pauses)
 
 
-def test_the_plan_of_the_cuts() -> None:
-    """That the last one comes before the last push has ended."""
-    for seed in range(20):
-        rounds, gaps = rounds_of(seed, 10)
-        assert sum(gaps) < rounds * PUSH_BYTES
-        assert len({gap % PUSH_BYTES // wire.CHUNK_BYTES for gap in gaps}) == 3
+@pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.parametrize("how", [How.SILENCE, How.CLOSE])
+async def test_a_connection_that_dies_in_the_middle_of_a_push(tmp_path: Path, how: How) -> None:
+    """Silently, as past a firewall that has forgotten it, or with a word: a new one gets through."""
+    options = {"model": "wide", "codec": "none", "workers": 1, "rounds": 2, "idle_timeout_seconds": 2.0}
+    async with serving(tmp_path, **options) as served:
+        with link_to(served.address) as link:
+            link.cut_after(60_000, how=how)
+            result = await worker(link.address, "worker-0", connect_timeout_seconds=20)
+            assert [cut.how for cut in link.cuts] == [how]
+        assert result.model_sha256 == simulated(served.job, Tiny())

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -39,15 +38,6 @@ def net() -> Iterator[tuple[Wire, dict[str, Host]]]:
         pytest.skip(reason)
     with hosts("server", "left", "right", seed=1) as made:
         yield made
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """Processes that start from nothing, wherever they are put."""
-    (tmp_path / "run").mkdir()
-    cluster = Cluster(tmp_path / "run")
-    yield cluster
-    cluster.close()
 
 
 def test_a_packet_takes_as_long_as_the_wire_says(net: tuple[Wire, dict[str, Host]]) -> None:
@@ -84,9 +74,9 @@ def test_loss_and_delay_change_nothing_but_the_time(
         options = [["--certs", certs / name] for name in ("server", "workers/worker-0", "workers/worker-1")]
     wire.loss, wire.delay_seconds = LOSS, DELAY_SECONDS
     began = time.monotonic()
-    job.server("--host", address, *options[0], program=server.ditherps)
+    job.server("--host", address, *options[0], namespace=server.namespace)
     for index, name in enumerate(("left", "right")):
-        job.worker(index, *options[1 + index], program=made[name].ditherps)
+        job.worker(index, *options[1 + index], namespace=made[name].namespace)
     result = job.ended_well()
     seconds = statistics.median(record["round_seconds"] for record in cluster.records())
     print(f"{how}: {time.monotonic() - began:.1f} s in all, {seconds:.2f} s a round, "
