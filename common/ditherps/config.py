@@ -111,7 +111,7 @@ class ScheduleConfig(_Config):
 class LocalConfig(_Config):
     """Mode `local`: what a worker does between two rounds."""
 
-    steps: int = Field(10, ge=1)
+    steps: int = Field(10, ge=1, le=1 << 20)
     lr: float = Field(0.05, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1)
     proximal_mu: float = Field(0.0, ge=0)
@@ -208,7 +208,7 @@ class JobConfig(_Config):
     signsgd or topk. A worker that is started again begins without what it carried."""
     downlink: DownlinkConfig = DownlinkConfig()
     seed: int = Field(1, ge=0, lt=2**64)
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, le=1 << 20)
     """Samples of a worker in one step."""
     local: LocalConfig = LocalConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
