@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from ditherps.errors import OptionError, UserError
+from ditherps.text import one_line
 
 
 class _Config(BaseModel):
@@ -428,8 +429,8 @@ def read_job_file(path: Path) -> dict[str, Any]:
         raise UserError(f"job file {path} does not exist") from None
     except OSError as error:
         raise UserError(f"job file {path} cannot be read: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"job file {path} is not valid TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8, or nested without end
+        raise UserError(f"job file {path} is not valid TOML: {one_line(str(error))}") from None
 
 
 def assignments(items: Sequence[str], option: str) -> dict[str, Any]:
@@ -455,5 +456,5 @@ def assignments(items: Sequence[str], option: str) -> dict[str, Any]:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
