@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
@@ -41,6 +42,7 @@ def build_app() -> typer.Typer:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code (see `ExitCode`)."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC says of each failed handshake what nobody can read
     try:
         build_app()(list(arguments) if arguments is not None else None, prog_name="ditherps")
     except SystemExit as exit_:

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from ditherps.errors import OptionError, UserError
+from ditherps.text import one_line
 
 
 class _Config(BaseModel):
@@ -111,7 +112,7 @@ class ScheduleConfig(_Config):
 class LocalConfig(_Config):
     """Mode `local`: what a worker does between two rounds."""
 
-    steps: int = Field(10, ge=1)
+    steps: int = Field(10, ge=1, le=1 << 20)
     lr: float = Field(0.05, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1)
     proximal_mu: float = Field(0.0, ge=0)
@@ -208,7 +209,7 @@ class JobConfig(_Config):
     signsgd or topk. A worker that is started again begins without what it carried."""
     downlink: DownlinkConfig = DownlinkConfig()
     seed: int = Field(1, ge=0, lt=2**64)
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, le=1 << 20)
     """Samples of a worker in one step."""
     local: LocalConfig = LocalConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -455,8 +456,8 @@ def read_job_file(path: Path) -> dict[str, Any]:
         raise UserError(f"job file {path} does not exist") from None
     except OSError as error:
         raise UserError(f"job file {path} cannot be read: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"job file {path} is not valid TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8, or nested without end
+        raise UserError(f"job file {path} is not valid TOML: {one_line(str(error))}") from None
 
 
 def assignments(items: Sequence[str], option: str) -> dict[str, Any]:
@@ -482,5 +483,5 @@ def assignments(items: Sequence[str], option: str) -> dict[str, Any]:
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text

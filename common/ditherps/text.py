@@ -12,4 +12,5 @@ def printable(text: str) -> str:
 
 def one_line(text: str, limit: int = 500) -> str:
     """`printable`, and cut off behind `limit` characters."""
-    return printable(text) if len(text) <= limit else printable(text[:limit]) + "..."
+    shown = printable(text[: limit + 1])
+    return shown if len(shown) <= limit else shown[:limit] + "..."

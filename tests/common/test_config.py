@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -324,3 +326,32 @@ class TestEnvironment:
         shown = capsys.readouterr().out
         for name in (*task_names(), *codec_names()):
             assert name in shown
+
+
+class TestFilesThatHoldAnything:
+    """A job file is the work of a person, and a worker's job that of a server: neither ends in anything but a line."""
+
+    texts = st.one_of(
+        st.binary(max_size=300),
+        st.text("ab=[]{}.\"'\n#0123456789_-+einf ", max_size=120).map(str.encode),
+        st.sampled_from([b"a = " + b"[" * 5000, b"a." * 3000 + b"b = 1", b"a = 1\n" * 2, b"a = 9" + b"9" * 5000]),
+    )
+
+    @given(texts)
+    def test_bytes(self, content: bytes) -> None:
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "job.toml")
+            path.write_bytes(content)
+            with contextlib.suppress(UserError):
+                assert isinstance(read_job_file(path), dict)
+
+    values = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+        max_leaves=6,
+    )
+
+    @given(st.dictionaries(st.sampled_from([*JobConfig.model_fields, "x"]), values, max_size=4))
+    def test_values(self, options: dict[str, Any]) -> None:
+        with contextlib.suppress(UserError):
+            validated(JobConfig, options)

@@ -9,12 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import grpc
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ditherps.cli import main
 from ditherps.errors import ExitCode, HandshakeError, OptionError, Reason, RefusedError, UserError
@@ -22,7 +25,7 @@ from ditherps.security import certificates
 from ditherps.security.certificates import Authority, read_certificate
 from ditherps.security.credentials import Files, ServerFiles, identity_of
 from ditherps.security.probe import probe
-from ditherps.security.tokens import Tokens, hashed, make_token
+from ditherps.security.tokens import TokenFile, Tokens, hashed, is_identity, make_token
 from tests import authorities
 
 
@@ -179,6 +182,60 @@ class TestTokens:
         (tmp_path / "tokens").write_text(f"# names\n\nok {'0' * 64}  # one\n{line}\n")
         with pytest.raises(UserError, match=r"tokens:4: "):
             Tokens.read(tmp_path / "tokens")
+
+    @given(st.one_of(st.binary(max_size=300), st.text("abz/*#:09af \n\t\x00\u2028", max_size=200).map(str.encode)))
+    def test_a_file_that_holds_anything(self, content: bytes) -> None:
+        """It is read, or refused in one line; what is read names only whom it may."""
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "tokens")
+            path.write_bytes(content)
+            tokens, said = Tokens({}), f"{path}:"
+            try:
+                tokens = Tokens.read(path)
+            except UserError as error:
+                said = str(error)
+            assert said.startswith((f"{path}:", f"token file {path} "))
+            assert "\n" not in said
+            assert all(is_identity(name) and len(digest) == 64 for name, digest in tokens.hashes.items())
+            with pytest.raises(RefusedError):
+                tokens.identity("a:b")
+
+    def test_a_file_that_is_too_large(self, tmp_path: Path) -> None:
+        with (tmp_path / "tokens").open("wb") as file:
+            file.truncate(1 << 40)
+        with pytest.raises(UserError, match="more than"):
+            Tokens.read(tmp_path / "tokens")
+
+    def test_a_file_that_changes(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Looked at once a second at most; one that is broken, or gone, changes nothing, with one warning."""
+        now, file = 0.0, tmp_path / "tokens"
+        first, second = make_token("a", file), f"b:{'s' * 43}"
+        tokens = TokenFile(file, lambda: now)
+        assert tokens.identity(first) == "a"
+        with file.open("a") as lines:
+            lines.write(f"b {hashed(second)}\n")
+        now = 0.9
+        with pytest.raises(RefusedError):
+            tokens.identity(second)
+        now = 1.0
+        assert (tokens.identity(first), tokens.identity(second)) == ("a", "b")
+        with caplog.at_level("WARNING"):
+            for content in (b"broken", b"\xff\xfe"):
+                file.write_bytes(content)
+                for _ in range(5):
+                    now += 1
+                    assert tokens.identity(second) == "b"
+            file.unlink()
+            for _ in range(5):
+                now += 1
+                assert tokens.identity(first) == "a"
+        assert len(caplog.records) == 3
+        assert "the old ones stay" in caplog.text
+        file.write_text(f"b {hashed(second)}\n")
+        now += 1
+        assert tokens.identity(second) == "b"
+        with pytest.raises(RefusedError):
+            tokens.identity(first)
 
 
 @contextmanager

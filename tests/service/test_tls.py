@@ -21,7 +21,7 @@ from ditherps.metrics import WorkerMetrics
 from ditherps.security.certificates import Authority, read_certificate
 from ditherps.security.credentials import Files
 from ditherps.security.probe import probe
-from ditherps.security.tokens import make_token
+from ditherps.security.tokens import TokenFile, hashed, make_token
 from ditherps.status import fetch_status
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
@@ -253,6 +253,36 @@ async def test_tokens(tmp_path: Path, folders: Path) -> None:
         await finished(served, results)
 
 
+async def test_a_token_is_taken_back_and_another_given_while_the_server_runs(
+    tmp_path: Path, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who has a session is out with the next message, its watch with the next change; nothing else ends."""
+    monkeypatch.setattr(TokenFile, "LOOK_SECONDS", 0.0)
+    file = tmp_path / "tokens"
+    tokens = {name: make_token(name, file) for name in ("worker-0", "worker-1")}
+    async with (
+        serving(tmp_path, server=mutual(folders, token_file=file)) as served,
+        Peer(served.address, folders, tokens["worker-0"]) as first,
+        Peer(served.address, folders, tokens["worker-1"]) as second,
+    ):
+        await first.join()
+        watch = first.watch()
+        await watch.read()
+        file.write_text(f"worker-1 {hashed(tokens['worker-1'])}\n")
+        for work in (first.pull(0), first.join(), first.status()):
+            with pytest.raises(Refused) as refused:
+                await work
+            assert refused.value.reason is Reason.TOKEN_INVALID
+        await second.join()  # now a round opens, of which the first is not told
+        with pytest.raises(Exception, match="does not know this token"):
+            await watch.read()
+        file.unlink()
+        again = {name: make_token(name, file) for name in ("worker-0", "worker-1")}
+        async with Peer(served.address, folders, again["worker-0"]) as third:
+            await third.join()
+            await third.plan()
+
+
 @asynccontextmanager
 async def renewable(tmp_path: Path) -> AsyncIterator[tuple[Path, Served]]:
     """An authority of the test's own, and a server that uses it."""
@@ -348,19 +378,38 @@ async def test_a_worker_that_does_not_start(folders: Path) -> None:
     assert "secret" not in repr(config(token="worker-0:secret"))
 
 
-@pytest.mark.slow
-async def test_a_refused_worker_logs_one_line(tmp_path: Path, folders: Path) -> None:
-    """The whole process: exit code, and standard error, where gRPC has nothing to add."""
-    rows = [
-        (Reason.NO_CERTIFICATE, ["--certs", folders]),
-        (Reason.IDENTITY_MISMATCH, ["--certs", folders / "workers/worker-0", "--name", "worker-1"]),
+@pytest.mark.slow  # a process for each
+async def test_each_refused_worker_logs_one_line_that_says_what_to_do(tmp_path: Path, folders: Path) -> None:
+    """Whole processes: exit code, and standard error, where gRPC has nothing to add."""
+    own = folders / "workers"
+    file = tmp_path / "tokens"
+    token = make_token("worker-0", file)
+    by_certificate: list[tuple[Reason, list[object], str]] = [
+        (Reason.WRONG_CA, ["--certs", folders / "other/workers/worker-0"], "ca.pem"),
+        (Reason.CERTIFICATE_EXPIRED, ["--certs", folders / "bad/expired-worker-0"], "certs init"),
+        (Reason.WRONG_HOST, ["--certs", own / "worker-0"], "--host"),
+        (Reason.NO_CERTIFICATE, ["--certs", folders], "--certs"),
+        (Reason.IDENTITY_MISMATCH, ["--certs", own / "worker-0", "--name", "worker-1"], "leave --name away"),
+        (Reason.TLS_SERVER, [], "--certs"),
     ]
-    async with serving(tmp_path, server=mutual(folders)) as served:
-        runs = [asyncio.to_thread(harness.run, ["worker", "--server", served.address, *flags]) for _, flags in rows]
-        for (reason, _), run in zip(rows, await asyncio.gather(*runs), strict=True):
-            assert run.returncode == ExitCode.REFUSED, run.stderr
-            assert run.stderr.startswith(f"error: {reason}: "), run.stderr
-            assert run.stderr.count("\n") == 1
+    by_token: list[tuple[Reason, list[object], str]] = [
+        (Reason.TOKEN_INVALID, ["--certs", folders, "--token", token + "x"], "ditherps certs token"),
+        (Reason.UNAUTHENTICATED, ["--certs", folders], "--token"),
+    ]
+    (tmp_path / "tokens server").mkdir()
+    async with (
+        serving(tmp_path, server=mutual(folders, host="0.0.0.0")) as served,
+        serving(tmp_path / "tokens server", server=mutual(folders, token_file=file)) as with_tokens,
+    ):
+        port = served.address.rpartition(":")[2]
+        for rows, at in ((by_certificate, f"127.0.0.1:{port}"), (by_token, with_tokens.address)):
+            for reason, flags, says in rows:
+                address = f"127.0.0.2:{port}" if reason is Reason.WRONG_HOST else at
+                run = await asyncio.to_thread(harness.run, ["worker", "--server", address, *flags])
+                assert run.returncode == ExitCode.REFUSED, run.stderr
+                assert run.stderr.startswith(f"error: {reason}: "), run.stderr
+                assert run.stderr.count("\n") == 1
+                assert says in run.stderr
 
 
 @pytest.mark.slow
