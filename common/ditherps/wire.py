@@ -48,6 +48,7 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_reconnect_backoff_ms", 5_000),  # gRPC's own two minutes would outlast a worker's patience
 ]
 STREAMS_PER_CONNECTION = 100
 SERVER_OPTIONS: list[tuple[str, int]] = [

@@ -164,6 +164,10 @@ class TestRefusals:
             ({"seed": -1}, "seed = -1", "greater than or equal to 0"),
             ({"mode": "fast"}, "mode = 'fast'", "'gradient' or 'local'"),
             ({"quorum": 0}, "quorum = 0", "greater than 0"),
+            ({"sample_fraction": 0}, "sample_fraction = 0", "greater than 0"),
+            ({"sample_fraction": 1.5}, "sample_fraction = 1.5", "less than or equal to 1"),
+            ({"workers": 4, "min_workers": 5}, "min_workers = 5", "at most workers = 4"),
+            ({"min_workers": -1}, "min_workers = -1", "greater than or equal to 0"),
             ({"optimizer": {"name": "lion"}}, "optimizer.name = 'lion'", "'fedadam' or 'fedyogi'"),
             ({"optimizer": {"name": "adam", "momentum": 0.9}}, "optimizer.momentum = 0.9", "0.0 with adam"),
             ({"optimizer": {"name": "fedadam", "nesterov": True}}, "optimizer.nesterov = True", "False with fedadam"),
@@ -218,6 +222,12 @@ class TestRefusals:
         [
             (ServerConfig, {"run_dir": ".", "port": 70_000}, "port = 70000"),
             (ServerConfig, {}, "run_dir"),
+            (
+                ServerConfig,
+                {"run_dir": ".", "on_empty": "stay"},
+                "on_empty = 'stay' is not allowed; allowed: 'exit' or 'wait'",
+            ),
+            (ServerConfig, {"run_dir": ".", "grace_seconds": -1}, "grace_seconds = -1"),
             (WorkerConfig, {"name": "Worker 1"}, "name = 'Worker 1'"),
             (WorkerConfig, {"device": "gpu"}, "device = 'gpu'"),
             (WorkerConfig, {"metric_port": 1}, "metric_port = 1"),
