@@ -6,7 +6,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditherps.kernels.alphabets import Alphabet, digits_nbytes, unpack_digits
-from ditherps.kernels.coder import DECODE, EXPLICIT, HEAD, MATCH, Coder, get_head, use_explicit, use_low_bits, use_model
+from ditherps.kernels.coder import (
+    DECODE,
+    EXPLICIT,
+    HEAD,
+    MATCH,
+    ROW_GROUPS,
+    Coder,
+    get_head,
+    use_explicit,
+    use_low_bits,
+    use_model,
+)
 from ditherps.kernels.cpu import Workspace
 from ditherps.kernels.escapes import get_number, unfolded
 from ditherps.kernels.explicit import get_table
@@ -14,7 +25,8 @@ from ditherps.kernels.indices import add_part, add_shifted
 from ditherps.kernels.jit import Int, kernel
 from ditherps.kernels.parameters import ZERO_SHAPE, get_parameters
 from ditherps.kernels.philox import TILE, Stream, fill_lanes
-from ditherps.kernels.rans import LANES, get_low_bits, get_symbols
+from ditherps.kernels.rans import LANES, get_low_bits
+from ditherps.kernels.symbols import get_symbols
 from ditherps.kernels.tables import (
     CELLS,
 )
@@ -108,7 +120,10 @@ def accumulate_chunk(
         count_of_classes, inverse = np.int32(1 << class_bits), np.int32(65536 >> class_bits)
         for i in range(n):
             classes[i] = np.uint8(np.int32(np.int32(lane_row[i]) * count_of_classes) >> 16)
-        next_ = get_symbols(classes, n, class_bits, work.nearest, work.entries, states, words, next_, cells)
+        next_ = get_symbols(
+            classes, n, class_bits, work.nearest, work.entries, work.rows, work.model[ROW_GROUPS], states, words, next_,
+            cells,
+        )  # fmt: skip
         half = np.int32((CELLS // 2) >> class_bits)
         escaped = np.int32(0)
         for i in range(n):

@@ -30,7 +30,8 @@ from ditherps.kernels.indices import index_part, quantize_tile
 from ditherps.kernels.jit import Int, kernel
 from ditherps.kernels.parameters import ZERO_SHAPE, put_parameters
 from ditherps.kernels.philox import TILE, Stream, fill_lanes
-from ditherps.kernels.rans import LOWEST, PAD, SLOT_BITS, put_symbols
+from ditherps.kernels.rans import LOWEST, PAD, SLOT_BITS
+from ditherps.kernels.symbols import put_symbols
 from ditherps.kernels.tables import (
     CELLS,
     ENTRIES,
