@@ -124,7 +124,7 @@ def coder() -> Coder:
 def use_slots(class_bits: Int, work: Coder) -> None:
     """Fill the tables that decoding needs besides the entries."""
     fill_nearest(work.cumulative, work.nearest)
-    work.model[ROW_GROUPS] = fill_rows(CELLS, class_bits, work.entries, work.rows) if WIDE else 0
+    work.model[ROW_GROUPS] = fill_rows(class_bits, work.entries, work.rows) if WIDE else 0
 
 
 @kernel

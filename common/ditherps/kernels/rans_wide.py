@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ditherps.kernels.jit import Int, kernel
 from ditherps.kernels.rans import LOWEST, PAD, SLOT_BITS, SLOTS
+from ditherps.kernels.tables import CELLS
 from ditherps.kernels.vectors import (
     WIDTH,
     compress,
@@ -36,6 +37,28 @@ _KEY = (1 << 19) - 1
 _FREQ = (1 << 13) - 1
 _NEVER = SLOTS << 19  # begins behind all slots
 _POSITIONS = np.arange(WIDTH, dtype=np.uint32)
+
+
+@kernel
+def place_rows(
+    indices: NDArray[np.int32],
+    lanes: NDArray[np.uint16],
+    whole: Int,
+    class_bits: Int,
+    bound: Int,
+    highest: Int,
+    places: NDArray[np.uint16],
+) -> Int:
+    """places[:whole], whole rows, as `chunk_encoder.place_symbols`; how many are not escapes."""
+    half, coded = (CELLS // 2) >> class_bits, np.int64(0)
+    for first in range(0, whole, WIDTH):
+        class_ = load(lanes, first) >> (16 - class_bits)
+        symbol = least(load(indices, first) + half, same(2 * half))  # one below the grid looks like one above it
+        place = (symbol << class_bits) - class_
+        inside = place - (bound + 1) < highest - bound - 1
+        coded += count_set(inside)
+        store(places, first, select(inside, place, same(0) - class_) + PAD)
+    return coded
 
 
 @kernel
@@ -68,7 +91,7 @@ def put_rows(
 
 
 @kernel
-def fill_rows(cells: Int, class_bits: Int, entries: NDArray[np.uint32], rows: NDArray[np.uint32]) -> Int:
+def fill_rows(class_bits: Int, entries: NDArray[np.uint32], rows: NDArray[np.uint32]) -> Int:
     """Fill `rows` from the entries of a model; return how many groups of rows it has, 0 for too many symbols.
 
     The first is that of escapes, slot 0 under each class. Symbols without a slot under any class are left out.
@@ -79,7 +102,7 @@ def fill_rows(cells: Int, class_bits: Int, entries: NDArray[np.uint32], rows: ND
     names[:] = np.uint32(0)
     rows[:WIDTH] = entries[PAD] >> np.uint32(16)
     found: Int = np.int64(1)
-    for symbol in range(1, (cells >> class_bits) + 1):
+    for symbol in range(1, (CELLS >> class_bits) + 1):
         part = entries[PAD + classes * (symbol - 1) + 1 : PAD + classes * symbol + 1]
         slots: Int = np.int64(0)
         for place in range(classes):
@@ -97,7 +120,7 @@ def fill_rows(cells: Int, class_bits: Int, entries: NDArray[np.uint32], rows: ND
 
 @kernel
 def get_rows(
-    classes: NDArray[np.uint8],
+    lanes: NDArray[np.uint16],
     count: Int,
     class_bits: Int,
     rows: NDArray[np.uint32],
@@ -105,14 +128,14 @@ def get_rows(
     states: NDArray[np.uint64],
     words: NDArray[np.uint16],
     next_: Int,
-    cells: NDArray[np.uint16],
+    symbols: NDArray[np.uint16],
 ) -> tuple[Int, Int]:
-    """`rans.get_symbols` as long as there are 16 symbols and 16 words; how many it decoded, and the next word."""
+    """`symbols.get_symbols` as long as 16 symbols and 16 words are left; how many it decoded, and the next word."""
     x = load(states, 0)
     names = load(rows, ROWS * WIDTH)
     done: Int = np.int64(0)
     while count - done >= WIDTH and next_ + WIDTH <= words.size:
-        class_ = load(classes, done)
+        class_ = load(lanes, done) >> (16 - class_bits)
         key = (x & (SLOTS - 1)) << 19 | _KEY
         found = same(2**32 - 1)
         for group in range(groups):
@@ -129,7 +152,7 @@ def get_rows(
         low = x < LOWEST
         x = select(low, x << 16, x) | expand(load(words, next_), low)
         next_ += count_set(low)
-        store(cells, done, pick(names, entry >> 13) << class_bits)
+        store(symbols, done, pick(names, entry >> 13))
         done += WIDTH
     store(states, 0, x)
     return done, next_

@@ -9,6 +9,8 @@ from ditherps.kernels import rans, rans_wide
 from ditherps.kernels.jit import Int, kernel
 from ditherps.kernels.vectors import WIDE
 
+_1, _15 = np.uint64(1), np.uint64(15)
+
 
 @kernel
 def put_symbols(
@@ -32,7 +34,7 @@ def put_symbols(
 
 @kernel
 def get_symbols(
-    classes: NDArray[np.uint8],
+    lanes: NDArray[np.uint16],
     count: Int,
     class_bits: Int,
     nearest: NDArray[np.uint8],
@@ -42,13 +44,25 @@ def get_symbols(
     states: NDArray[np.uint64],
     words: NDArray[np.uint16],
     first: Int,
-    cells: NDArray[np.uint16],
+    classes: NDArray[np.uint8],
+    symbols: NDArray[np.uint16],
 ) -> Int:
-    """As `rans.get_symbols`; `rows` and `groups` are those of `rans_wide.fill_rows`."""
+    """Decode `symbols[:count]` of a tile with this dither, reading words from `first` on; the position of the next.
+
+    `rows` and `groups` are those of `rans_wide.fill_rows`, `classes` is scratch. Any words decode to something: beyond
+    their end zeros are read.
+    """
     done: Int = np.int64(0)
     next_: Int = first
     if WIDE and groups and states.size == rans.LANES:
-        done, next_ = rans_wide.get_rows(classes, count, class_bits, rows, groups, states, words, next_, cells)
-    return rans.get_symbols(
-        classes[done:], count - done, class_bits, nearest, entries, states, words, next_, cells[done:]
-    )
+        done, next_ = rans_wide.get_rows(lanes, count, class_bits, rows, groups, states, words, next_, symbols)
+    # LLVM shifts vectors of 16 bits where it sees that no shift is by 16 or more.
+    down, up = np.uint64(15 - class_bits) & _15, np.uint64(class_bits) & _15
+    rest = lanes[done:count]
+    for i in range(rest.size):
+        classes[i] = np.uint8((np.uint64(rest[i]) >> _1) >> down)
+    cells = symbols[done:count]
+    next_ = rans.get_symbols(classes, cells.size, class_bits, nearest, entries, states, words, next_, cells)
+    for i in range(cells.size):
+        cells[i] = np.uint16(np.uint64(cells[i]) >> up)
+    return next_
