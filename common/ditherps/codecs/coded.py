@@ -104,10 +104,11 @@ class CodedLayout(BucketLayout):
 
         def measure(lo: int) -> tuple[int, float]:
             hi = min(lo + unit, x.size)
-            largest = int(cpu.largest_bits(bits, lo, hi))
-            if rule == "max" or largest >= cpu.INFINITY_BITS:
-                return largest, 0.0
-            return largest, float(cpu.sum_of_squares(x, lo, hi, cpu.workspace().sums))
+            if rule == "max":
+                return int(cpu.largest_bits(bits, lo, hi)), 0.0
+            # In double precision no square of a float32 vanishes or overflows: they tell zeros and what is not finite.
+            squares = float(cpu.sum_of_squares(x, lo, hi, cpu.workspace().sums))
+            return int(squares > 0) if math.isfinite(squares) else cpu.INFINITY_BITS, squares
 
         parts: list[tuple[int, float]] = list(map_(measure, range(0, x.size, unit)))  # type: ignore[call-overload]
         steps = np.empty(self.buckets(x.size), np.float32)

@@ -6,15 +6,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditherps.kernels.alphabets import Alphabet, digits_nbytes, unpack_digits
-from ditherps.kernels.coder import DECODE, EXPLICIT, HEAD, MATCH, Coder, get_head, use_explicit, use_low_bits, use_model
+from ditherps.kernels.coder import (
+    DECODE,
+    EXPLICIT,
+    HEAD,
+    MATCH,
+    ROW_GROUPS,
+    Coder,
+    get_head,
+    use_explicit,
+    use_low_bits,
+    use_model,
+)
 from ditherps.kernels.cpu import Workspace
-from ditherps.kernels.escapes import get_number, unfolded
+from ditherps.kernels.escapes import BLOCK, any_up_to, get_number, unfolded
 from ditherps.kernels.explicit import get_table
 from ditherps.kernels.indices import add_part, add_shifted
 from ditherps.kernels.jit import Int, kernel
 from ditherps.kernels.parameters import ZERO_SHAPE, get_parameters
 from ditherps.kernels.philox import TILE, Stream, fill_lanes
-from ditherps.kernels.rans import LANES, get_low_bits, get_symbols
+from ditherps.kernels.rans import LANES, get_low_bits
+from ditherps.kernels.symbols import get_symbols
 from ditherps.kernels.tables import (
     CELLS,
 )
@@ -104,15 +116,15 @@ def accumulate_chunk(
         if not explicit:
             class_bits, low_bits, _ = use_model(work.parameters[tile], dithered, purpose, work)
         fill_lanes(stream, first + begin, n, work.lanes, work.scratch, into, end)
-        classes, lane_row, cells, indices = work.classes[:n], work.lanes[:n], work.places[:n], work.indices[:n]
-        count_of_classes, inverse = np.int32(1 << class_bits), np.int32(65536 >> class_bits)
-        for i in range(n):
-            classes[i] = np.uint8(np.int32(np.int32(lane_row[i]) * count_of_classes) >> 16)
-        next_ = get_symbols(classes, n, class_bits, work.nearest, work.entries, states, words, next_, cells)
+        lane_row, symbols, indices = work.lanes[:n], work.places[:n], work.indices[:n]
+        next_ = get_symbols(
+            lane_row, n, class_bits, work.nearest, work.entries, work.rows, work.model[ROW_GROUPS], states, words,
+            next_, work.classes, symbols,
+        )  # fmt: skip
         half = np.int32((CELLS // 2) >> class_bits)
         escaped = np.int32(0)
         for i in range(n):
-            symbol = np.int32(np.int32(np.int32(cells[i]) * inverse) >> 16)
+            symbol = np.int32(symbols[i])
             escaped = np.int32(escaped + np.int32(symbol == 0))
             indices[i] = np.int32(symbol - half)
         wide = class_bits == 0
@@ -122,11 +134,14 @@ def accumulate_chunk(
             for i in range(n):
                 indices[i] = (indices[i] << low_bits) | np.int32(work.lows[i])
         if escaped:
-            for i in range(n):
-                if cells[i] >> class_bits == 0:
-                    value, nibble = get_number(nibbles, nibble)
-                    indices[i] = np.int32(unfolded(min(value, np.int64(FARTHEST_FOLDED))))
-                    wide = wide or bool(abs(indices[i]) > 63)
+            for block in range(0, n, BLOCK):
+                end_of_block = min(block + BLOCK, n)
+                if any_up_to(symbols[block:end_of_block], 0):
+                    for i in range(block, end_of_block):
+                        if symbols[i] == 0:
+                            value, nibble = get_number(nibbles, nibble)
+                            indices[i] = np.int32(unfolded(min(value, np.int64(FARTHEST_FOLDED))))
+                            wide = wide or bool(abs(indices[i]) > 63)
             nibble = (nibble + 1) & ~1
         segment = min(bucket, TILE)
         shifted = matched and not explicit and (class_bits >= 3 or (class_bits > 0 and work.parameters[tile, 2] > 0))

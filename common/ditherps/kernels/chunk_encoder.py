@@ -24,19 +24,22 @@ from ditherps.kernels.coder import (
     use_model,
 )
 from ditherps.kernels.cpu import Workspace
-from ditherps.kernels.escapes import folded, put_number
+from ditherps.kernels.escapes import BLOCK, any_up_to, folded, put_number
 from ditherps.kernels.explicit import put_table, share_slots
 from ditherps.kernels.indices import index_part, quantize_tile
 from ditherps.kernels.jit import Int, kernel
 from ditherps.kernels.parameters import ZERO_SHAPE, put_parameters
 from ditherps.kernels.philox import TILE, Stream, fill_lanes
-from ditherps.kernels.rans import LOWEST, PAD, SLOT_BITS, put_symbols
+from ditherps.kernels.rans import LOWEST, PAD, SLOT_BITS
+from ditherps.kernels.rans_wide import place_rows
+from ditherps.kernels.symbols import put_symbols
 from ditherps.kernels.tables import (
     CELLS,
     ENTRIES,
     fit,
     resolution_of,
 )
+from ditherps.kernels.vectors import WIDE, WIDTH
 
 SMALL = 8192  # coordinates of a chunk below which one state is cheaper than sixteen
 GAIN = 0.9  # of the bits under the family's model, below which an explicit one is worth its table
@@ -66,19 +69,23 @@ def place_symbols(count: Int, class_bits: Int, low_bits: Int, bound: Int, work: 
             lows[i] = np.uint16(indices[i] & mask)
             work.highs[i] = np.int32(indices[i] >> low_bits)
         indices = work.highs[:count]
-    escaped = np.int32(0)
-    for i in range(count):
-        # Shifts by a constant: numba widens others to 64 bits, and half of the vector unit is lost.
-        shift = np.int32(np.int32(np.int32(lanes[i]) * classes) >> 16)
+    down = np.uint64(15 - class_bits) & np.uint64(15)
+    whole: Int = np.int64(0)
+    coded = np.int32(0)
+    if WIDE:
+        whole = count // WIDTH * WIDTH
+        coded = np.int32(place_rows(indices, lanes, whole, class_bits, bound, np.int64(highest), places))
+    for i in range(whole, count):
+        # LLVM shifts vectors of 32 bits where it sees that no shift is by 32 or more.
+        shift = np.int32((np.uint64(lanes[i]) >> np.uint64(1)) >> down)
         index = indices[i]
         index = np.int32(-half) if index < -half else index
         index = half if index > half else index
         begin = np.int32(np.int32(np.int32(index + half) * classes) - shift)
         inside = (begin > lowest) & (begin < highest)
-        escaped = np.int32(escaped + np.int32(inside))
+        coded = np.int32(coded + np.int32(inside))
         places[i] = np.uint16(np.int32((begin if inside else np.int32(-shift)) + np.int32(PAD)))
-    escaped = np.int32(count) - escaped
-    return np.int64(escaped)
+    return count - np.int64(coded)
 
 
 @kernel
@@ -279,11 +286,13 @@ def encode_chunk(
             class_bits, low_bits, bound = use_model(row, dithered, ENCODE, work)
             escaped = place_symbols(count, class_bits, low_bits, bound, work)
         if escaped:
-            down = 16 - class_bits
             at: Int = np.int64(0)
-            for i in range(count):
-                if np.int64(work.places[i]) == PAD - (np.int64(work.lanes[i]) >> down):
-                    at = put_number(folded(np.int64(work.indices[i])), work.nibbles, at)
+            for first in range(0, count, BLOCK):
+                block = work.places[first : min(first + BLOCK, count)]
+                if any_up_to(block, PAD):
+                    for i in range(block.size):
+                        if block[i] <= PAD:
+                            at = put_number(folded(np.int64(work.indices[first + i])), work.nibbles, at)
             size = (at + 1) >> 1
             tail -= size
             for byte in range(size):

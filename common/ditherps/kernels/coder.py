@@ -13,6 +13,7 @@ from ditherps.kernels.explicit import fill_from_slots
 from ditherps.kernels.jit import Int, kernel
 from ditherps.kernels.philox import TILE
 from ditherps.kernels.rans import LANES, SLOTS
+from ditherps.kernels.rans_wide import ROWS_SIZE, fill_rows
 from ditherps.kernels.tables import (
     CELLS,
     ENTRIES,
@@ -25,6 +26,7 @@ from ditherps.kernels.tables import (
     fill_reciprocals,
     resolution_of,
 )
+from ditherps.kernels.vectors import WIDE
 
 CHUNK_TILES = 64
 CHUNK = CHUNK_TILES * TILE
@@ -35,6 +37,7 @@ MOST_BYTES = 10  # of a coordinate: words of its symbol and of its low bits, and
 MOST_MODEL_BYTES = 2048  # of parameters (57 bits a tile) or a table (41 bits a cell, and a bit a tile), and of states
 ENCODE, DECODE, MATCH = 0, 1, 2  # what tables are for
 ROW = 64
+ROW_GROUPS = 5  # of `Coder.model`: what `fill_rows` found
 
 
 class Coder(NamedTuple):
@@ -55,6 +58,7 @@ class Coder(NamedTuple):
     entries: NDArray[np.uint32]
     reciprocals: NDArray[np.uint64]
     nearest: NDArray[np.uint8]
+    rows: NDArray[np.uint32]
     offsets: NDArray[np.int32]
     low_entries: NDArray[np.uint32]
     low_reciprocals: NDArray[np.uint64]
@@ -96,6 +100,7 @@ def coder() -> Coder:
             entries=np.empty(ENTRIES, np.uint32),
             reciprocals=np.empty(ENTRIES, np.uint64),
             nearest=np.empty(SLOTS + FILL, np.uint8),
+            rows=np.empty(ROWS_SIZE, np.uint32),
             offsets=np.empty(OFFSETS, np.int32),
             low_entries=np.empty(SLOTS, np.uint32),
             low_reciprocals=np.empty(SLOTS, np.uint64),
@@ -104,7 +109,7 @@ def coder() -> Coder:
             words=np.empty(2 * CHUNK + 2 * LANES, np.uint16),
             nibbles=np.empty(6 * TILE, np.uint8),
             escapes=np.empty(6 * CHUNK, np.uint8),
-            model=np.full(5, -1, np.int64),
+            model=np.full(6, -1, np.int64),
             slots=np.empty(CELLS, np.int64),
             counts=np.empty(CELLS, np.int64),
             used=np.empty(ENTRIES, np.int64),
@@ -113,6 +118,13 @@ def coder() -> Coder:
             out=np.empty(HEAD + MOST_MODEL_BYTES + MOST_BYTES * CHUNK, np.uint8),
         )
     return found
+
+
+@kernel
+def use_slots(class_bits: Int, work: Coder) -> None:
+    """Fill the tables that decoding needs besides the entries."""
+    fill_nearest(work.cumulative, work.nearest)
+    work.model[ROW_GROUPS] = fill_rows(class_bits, work.entries, work.rows) if WIDE else 0
 
 
 @kernel
@@ -133,7 +145,7 @@ def use_model(row: NDArray[np.int64], dithered: bool, purpose: Int, work: Coder)
         fill_reciprocals(work.entries, work.reciprocals)
         model[2] = key
     if purpose != ENCODE and model[3] != key:
-        fill_nearest(work.cumulative, work.nearest)
+        use_slots(class_bits, work)
         model[3] = key
     if purpose == MATCH and model[4] != key:
         fill_offsets(scale, shape, spike, class_bits, work.family, work.offsets)
@@ -148,9 +160,9 @@ def use_explicit(class_bits: Int, purpose: Int, work: Coder) -> None:
     fill_entries(work.cumulative, class_bits, work.entries)
     if purpose == ENCODE:
         fill_reciprocals(work.entries, work.reciprocals)
-    else:
-        fill_nearest(work.cumulative, work.nearest)
     work.model[:] = -1
+    if purpose != ENCODE:
+        use_slots(class_bits, work)
 
 
 @kernel

@@ -16,6 +16,17 @@ ESCAPE_NIBBLES = 12  # at most, of an index outside the alphabet
 NOT_RAW = -1
 FARTHEST = 2147483646.0  # distance beyond the alphabet that is still sent as one
 
+BLOCK = 64  # symbols looked at together
+
+
+@kernel
+def any_up_to(symbols: NDArray[np.uint16], highest: int) -> bool:
+    """Whether one of a block of symbols is at most `highest`: escapes are rare, and looking for them one by one slow."""
+    found = False
+    for i in range(symbols.size):
+        found |= symbols[i] <= highest
+    return found
+
 
 @kernel
 def folded(value: Int) -> Int:

@@ -7,6 +7,7 @@ from typing import TypeAlias, TypeVar, cast
 
 import numba
 import numpy as np
+from numba.core.registry import cpu_target
 
 Int: TypeAlias = int | np.int64
 """An integer of a kernel. One that is passed on starts as `np.int64(0)`: numba compiles callees anew for a literal."""
@@ -30,3 +31,9 @@ def kernel(function: F) -> F:
 def inlined(function: F) -> F:
     """A helper that is copied into each kernel that calls it, so that LLVM can vectorise around it."""
     return cast(F, numba.njit(function, inline="always", error_model="numpy"))
+
+
+def compiles_for(*features: str) -> bool:
+    """Whether numba compiles for a processor with these features, by LLVM's names, as it or NUMBA_CPU_FEATURES say."""
+    _, _, found = cpu_target.target_context.codegen().magic_tuple()
+    return {f"+{feature}" for feature in features} <= set(found.split(","))
