@@ -62,7 +62,7 @@ def fleet(
     ] = None,
     parameters: Annotated[int, typer.Option(min=1, help="Parameters of the model.")] = 11_173_962,
     codec: Annotated[str, typer.Option("--codec", "-c", help="UP or UP/DOWN.")] = "dqsg:levels=1/dqsg:levels=1",
-    rounds: Annotated[int, typer.Option(min=5, help="Rounds of each run.")] = 12,
+    rounds: Annotated[int, typer.Option(min=5, help="Rounds of each run.")] = 10,
     json_: options.Json = False,
 ) -> None:
     """Seconds a round, processor time and memory of one server with many workers, each with a channel of its own.

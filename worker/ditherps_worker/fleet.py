@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 
@@ -28,6 +29,11 @@ from ditherps_worker.client import Client, PushStats
 from ditherps_worker.held import HeldModel
 
 VECTOR_SEED = 5
+_ROLES = {Role.SOURCE: types_pb2.ROLE_SOURCE, Role.NESTED: types_pb2.ROLE_NESTED}
+_STATS = PushStats(samples=1, loss=0.0, nmse=0.0, compute_seconds=0.0, encode_seconds=0.0)
+
+Updates: TypeAlias = Mapping[int, memoryview]
+"""An encoded update for each role of a plan that the codec knows."""
 
 
 class SharedModel:
@@ -116,7 +122,6 @@ class LightWorker:
         """Say goodbye, as a worker does at the end of the job; the server may be gone by then."""
         with contextlib.suppress(UnreachableError, RefusedError):
             await self._client.leave(Reason.FINISHED)
-        await self._watched.aclose()
         await self._client.close()
 
 
@@ -128,18 +133,19 @@ class Fleet:
         self._job, self._model = job, FlatModel(task.build(job.model or None, job.seed), gradient=False)
         self._codec = make_codec(job.codec, **job.codec_options)
         kernels.warm(self._codec)
-        self._updates = [self._encoded(index) for index in range(job.workers)]
+        size, generator = self._model.layout.coordinates, torch.Generator().manual_seed(VECTOR_SEED)
+        vector = 1e-3 * torch.randn(size, generator=generator)
+        self._updates = [self._encoded(index, vector) for index in range(job.workers)]
 
-    def _encoded(self, index: int) -> Updates:
-        layout = self._model.layout
-        codec = self._codec.for_layout(layout)
-        vector = 1e-3 * torch.randn(layout.coordinates, generator=torch.Generator().manual_seed(VECTOR_SEED))
+    def _encoded(self, index: int, vector: torch.Tensor) -> Updates:
+        codec = self._codec.for_layout(self._model.layout)
         address = Address(seed=self._job.seed, round=0, sender=index, domain=Domain.UPDATE)
-        return {ROLES[role]: codec.for_role(role).encode(vector, address).data.data for role in codec.roles}
+        return {_ROLES[role]: codec.for_role(role).encode(vector, address).data.data for role in codec.roles}
 
     async def run(self, address: str, at_end: Callable[[], None]) -> None:
-        """Join the server at `address`, take part in every round, and leave; `at_end` is called when the first is told the end.
+        """Join the server at `address`, take part in every round, and leave.
 
+        `at_end` is called when the first of them is told the end, before the server goes.
         Raises `RunFailedError` when the job does not come to its end, and what a worker raises.
         """
         meter = wire.WireMeter()
@@ -164,9 +170,3 @@ class Fleet:
             kernels.warm(down)
             down = down.for_layout(model.layout)
         return HeldModel(job.downlink, job.seed, down, model, initial_digest)
-
-
-Updates = Mapping["types_pb2.WorkerRole", memoryview]
-"""An encoded update for each role that the codec knows."""
-ROLES = {Role.SOURCE: types_pb2.ROLE_SOURCE, Role.NESTED: types_pb2.ROLE_NESTED}
-_STATS = PushStats(samples=1, loss=0.0, nmse=0.0, compute_seconds=0.0, encode_seconds=0.0)
