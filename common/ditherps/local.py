@@ -76,7 +76,7 @@ def run_local(
     }
     (run_dir / LAUNCH_FILE).write_text(tomli_w.dumps(file))
     shown = SilentView() if quiet else view(job)
-    with _Signals() as signals, _Processes(run_dir) as processes:
+    with _Signals() as signals, Processes(run_dir) as processes:
         try:
             shown.note(f"run folder {run_dir}")
             _start(job, run_dir, data_dir, processes, signals, verbose=verbose)
@@ -89,7 +89,7 @@ def run_local(
     return _closing(run_dir, code, quiet=quiet)
 
 
-class _Processes:
+class Processes:
     """The server's and the workers' processes; whatever is left of them dies with this object."""
 
     def __init__(self, run_dir: Path) -> None:
@@ -98,7 +98,7 @@ class _Processes:
         self.server: subprocess.Popen[bytes] | None = None
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
 
-    def __enter__(self) -> _Processes:
+    def __enter__(self) -> Processes:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -142,7 +142,7 @@ def _start(
     job: JobConfig,
     run_dir: Path,
     data_dir: Path | None,
-    processes: _Processes,
+    processes: Processes,
     signals: _Signals,
     *,
     verbose: bool,
@@ -165,7 +165,7 @@ def _start(
         signals.pause()
 
 
-def _follow(run_dir: Path, processes: _Processes, signals: _Signals, shown: View) -> int:
+def _follow(run_dir: Path, processes: Processes, signals: _Signals, shown: View) -> int:
     """Show rounds as they close, until the server ends; returns its exit code.
 
     Raises what a worker said last when all of them have ended and the server still waits.

@@ -22,7 +22,8 @@ from ditherps.text import one_line
 from ditherps.v1 import parameter_server_pb2 as pb
 
 PROTOCOL_VERSION = 3
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18
+"""Of a streamed content: a server with many workers holds about one of each, however late it reads them."""
 MESSAGE_PREFIX_BYTES = 5
 # HTTP/2 request headers, response headers and trailers with their frames, once HPACK's table is warm, and window
 # updates: what a counting proxy sees beyond the messages (tests/service/test_wire_bytes.py measures it).
@@ -58,6 +59,9 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 1000 // 2),
     ("grpc.so_reuseport", 0),
+    # A window that grows with the link would let every worker fill megabytes before a busy server reads them: what is
+    # taken ahead is a chunk and 64 KiB a stream. A worker's uplink carries about that much a round trip.
+    ("grpc.http2.bdp_probe", 0),
 ]
 
 _STATUS: dict[grpc.StatusCode, tuple[Reason, ...]] = {

@@ -39,6 +39,9 @@ class Members:
         self._job_id = job_id
         self._server_epoch = server_epoch
         self._sessions: dict[int, Session] = {}
+        """By number, the newest of each member."""
+        self._newest: dict[int, int] = {}
+        """By index, its number."""
         self._count = 0
 
     def join(self, name: str, lease_key: bytes, *, occupied: frozenset[int], samples: int = 0) -> Session:
@@ -60,7 +63,9 @@ class Members:
             raise RefusedError(Reason.UNKNOWN_MEMBER, f"{name!r} is not a member of this job; members: {shown}")
         self._count += 1
         self.leases[index] = lease_key
-        session = self._sessions[index] = Session(index, self._count, samples)
+        self._sessions.pop(self._newest.get(index, 0), None)
+        session = self._sessions[self._count] = Session(index, self._count, samples)
+        self._newest[index] = session.number
         return session
 
     def _lease(self, prefix: str, lease_key: bytes, occupied: frozenset[int]) -> int:
@@ -92,9 +97,9 @@ class Members:
             raise RefusedError(
                 Reason.WRONG_EPOCH, f"the server is in epoch {self._server_epoch}, not {fence.server_epoch}: join again"
             )
-        for session in self._sessions.values():
-            if session.number == fence.session:
-                return session
+        session = self._sessions.get(fence.session)
+        if session is not None:
+            return session
         if 0 < fence.session <= self._count:
             raise RefusedError(Reason.SUPERSEDED, "this worker has joined again since")
         raise RefusedError(Reason.NOT_JOINED, "no such session: join first")

@@ -133,6 +133,7 @@ class ParameterServerService:
             if not isinstance(message, wire.Chunk):
                 raise PayloadError("after its header a push holds chunks only")
             contribution.take(stream, message.data)
+            del message  # else every stream holds a chunk while it waits for the next
             self._coordinator.seen(header.fence)
 
     async def _next(self, requests: AsyncIterator[Any]) -> Any:

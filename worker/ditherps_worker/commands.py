@@ -1,17 +1,20 @@
-"""`ditherps worker`."""
+"""`ditherps worker`, and the benchmark that needs many of them."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Annotated, Any
 
 import typer
 
 from ditherps import options
+from ditherps.bench.commands import bench
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the application."""
+    """Add the commands to the application."""
     app.command()(worker)
+    bench.command()(fleet)
 
 
 def worker(
@@ -51,3 +54,27 @@ def worker(
     from ditherps_worker.app import run_worker
 
     raise typer.Exit(run_worker(settings))
+
+
+def fleet(
+    workers: Annotated[
+        list[int] | None,
+        typer.Option("--workers", "-w", min=1, help="Repeatable (default: 4, 32, 128).", show_default=False),
+    ] = None,
+    parameters: Annotated[int, typer.Option(min=1, help="Parameters of the model.")] = 11_173_962,
+    codec: Annotated[str, typer.Option("--codec", "-c", help="UP or UP/DOWN.")] = "dqsg:levels=1/dqsg:levels=1",
+    rounds: Annotated[int, typer.Option(min=5, help="Rounds of each run.")] = 10,
+    json_: options.Json = False,
+) -> None:
+    """Seconds a round, processor time and memory of one server with many workers, each with a channel of its own.
+
+    The workers live in this process and compute nothing: they push in every round what they encoded before.
+
+        ditherps bench fleet --workers 500 --parameters 1000000
+    """
+    from ditherps_worker.bench import measure, print_table
+
+    records = [measure(codec, count, rounds, parameters) for count in workers or [4, 32, 128]]
+    print_table(records)
+    if json_:
+        print(json.dumps(records), flush=True)
