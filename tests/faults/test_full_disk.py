@@ -88,7 +88,6 @@ def test_no_room_for_a_checkpoint(cluster: Cluster, disk: Disk, run: Run) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="contributions are not on disk yet: there is no redo log")
 def test_no_room_for_contributions(cluster: Cluster, disk: Disk, run: Run) -> None:
     """Pushes are refused with a reason of their own until there is room; workers wait, and lose nothing."""
     cluster.reached(4)

@@ -27,11 +27,17 @@ POINTS = [
     # A contribution: whole but not counted; counted but not acknowledged.
     "kill:before:ditherps_server.coordinator:Coordinator.deliver:8",
     "kill:after:ditherps_server.coordinator:Coordinator.deliver:8",
+    # The redo log: a contribution or a member list not yet in it, and in it, but nobody knows; cut, or about to be.
+    "kill:before:ditherps_server.redo:RedoLog._write:9",
+    "kill:after:ditherps_server.redo:RedoLog._write:10",
+    "kill:after:ditherps_server.coordinator:Coordinator._write_closed:3",
+    "kill:before:ditherps_server.redo:RedoLog.begin:2",
+    "kill:after:ditherps_server.redo:RedoLog.begin:2",
     # A round: applied but not recorded; recorded but nobody told.
     "kill:after:ditherps_server.updater:Updater.apply:4",
     "kill:after:ditherps_server.records:Recorder.add:6",
 ]
-SOME_POINTS = (POINTS[0], POINTS[4], POINTS[5])
+SOME_POINTS = (POINTS[0], POINTS[4], POINTS[7], POINTS[8], POINTS[10])
 
 
 @pytest.mark.slow
