@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,8 +74,8 @@ def test_links_that_are_cut_in_the_middle_of_pushes(cluster: Cluster, faults_in_
 @pytest.mark.parametrize("how", [How.SILENCE, How.CLOSE])
 async def test_a_connection_that_dies_in_the_middle_of_a_push(tmp_path: Path, how: How) -> None:
     """Silently, as past a firewall that has forgotten it, or with a word: a new one gets through."""
-    options = {"model": "wide", "codec": "none", "workers": 1, "rounds": 2, "idle_timeout_seconds": 2.0}
-    async with serving(tmp_path, **options) as served:
+    options: dict[str, Any] = {"model": "wide", "codec": "none", "workers": 1, "rounds": 2}
+    async with serving(tmp_path, idle_timeout_seconds=2.0, **options) as served:
         with link_to(served.address) as link:
             link.cut_after(60_000, how=how)
             result = await worker(link.address, "worker-0", connect_timeout_seconds=20)

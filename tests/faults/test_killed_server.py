@@ -41,6 +41,7 @@ SOME_POINTS = (POINTS[0], POINTS[4], POINTS[7], POINTS[8], POINTS[10])
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_server_killed_at_random_moments(cluster: Cluster, faults_in_full: bool) -> None:
     kills = 50 if faults_in_full else 6
     choice = random.Random(kills)
@@ -70,6 +71,7 @@ def test_a_server_killed_at_random_moments(cluster: Cluster, faults_in_full: boo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_server_killed_at_named_points(cluster: Cluster, faults_in_full: bool) -> None:
     """One life after another of one run, each with its own point."""
     points = POINTS if faults_in_full else SOME_POINTS

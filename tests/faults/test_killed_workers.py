@@ -33,6 +33,7 @@ def in_newest(run: Run, index: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("codec", CODECS)
 def test_with_a_quorum_of_all_each_round_waits_for_the_killed(
     cluster: Cluster, faults_in_full: bool, codec: str
@@ -57,6 +58,7 @@ def test_with_a_quorum_of_all_each_round_waits_for_the_killed(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("codec", CODECS)
 def test_with_a_quorum_of_three_quarters_rounds_go_on_and_say_who_was_absent(
     cluster: Cluster, faults_in_full: bool, codec: str

@@ -233,10 +233,13 @@ class Client:
 
     def _error(self, error: grpc.aio.AioRpcError) -> RefusedError | UnreachableError:
         refusal = wire.refusal_of(error)
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            self._connection.doubt()
         return refusal or UnreachableError(
             f"server {self._config.server}: {error.code().name}: {one_line(error.details() or '')}"
         )
 
     def _silent(self) -> UnreachableError:
+        self._connection.doubt()
         limit = self._joined.idle_timeout_seconds
         return UnreachableError(f"server {self._config.server} has been silent for {limit:g} s")

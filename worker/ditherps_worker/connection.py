@@ -27,7 +27,7 @@ Answer = TypeVar("Answer")
 
 
 class Connection:
-    """One channel, made anew when the certificates of this end have been replaced."""
+    """One channel, made anew when the certificates of this end have been replaced, or the server is silent on it."""
 
     def __init__(self, config: WorkerConfig, meter: wire.WireMeter) -> None:
         """Raises `UserError` for files that cannot be used, and for a token that would travel in plaintext."""
@@ -39,6 +39,7 @@ class Connection:
         self._open()
 
     def _open(self) -> None:
+        self._doubted = False
         if self._files is None:
             self.channel = grpc.aio.insecure_channel(self._server, options=wire.CHANNEL_OPTIONS)
         else:
@@ -47,9 +48,18 @@ class Connection:
             self.channel = grpc.aio.secure_channel(self._server, credentials, options=wire.CHANNEL_OPTIONS)
         self.stub = wire.Stub(self.channel, self._meter, self._token)
 
+    def doubt(self) -> None:
+        """An answer is overdue: the connection may be dead without a word, which gRPC takes minutes to see."""
+        self._doubted = True
+
     async def renew(self) -> None:
-        """Take certificates that are new since the channel was made; those that cannot be used leave it as it is."""
-        if self._files is None or self._files.stamp() == self._stamp:
+        """A new channel where that is called for.
+
+        Where the old one is in doubt, and to take certificates that are new since it was made; those that cannot be
+        used leave it as it is.
+        """
+        replaced = self._files is not None and self._files.stamp() != self._stamp
+        if not (replaced or self._doubted):
             return
         old = self.channel
         try:
@@ -57,7 +67,8 @@ class Connection:
         except (OSError, UserError) as error:
             log.warning("certificates changed, but cannot be used; the old ones stay: %s", error)
             return
-        log.info("certificates read again from %s", self._files.folder)
+        if replaced and self._files is not None:
+            log.info("certificates read again from %s", self._files.folder)
         await old.close()
 
     async def close(self) -> None:
