@@ -196,7 +196,7 @@ class _Deserializer:
 
 
 def parser(kind: type[Message]) -> Callable[[bytes], Any]:
-    """Parses small messages that are not counted; what is none becomes a `PayloadError` in its place, as `checked` has it."""
+    """Parses small messages that are not counted; what is none becomes a `PayloadError`, which `checked` raises."""
     return _Deserializer(kind, lambda _: None, LARGEST_CONTROL_BYTES)
 
 
