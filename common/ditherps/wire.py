@@ -39,7 +39,9 @@ TOKEN_PREFIX_BYTES = 3  # gRPC never indexes such a header: HPACK's literal, wit
 # closes their connections. gRPC ignores option names that it does not know; tests/service proves that these work.
 KEEPALIVE_SECONDS = 60
 LARGEST_MESSAGE_BYTES = 4 << 20
-LARGEST_REQUEST_BYTES = CHUNK_BYTES + (64 << 10)
+LARGEST_CONTROL_BYTES = 64 << 10
+"""Of what a worker says beside the chunks of its contribution."""
+LARGEST_REQUEST_BYTES = CHUNK_BYTES + LARGEST_CONTROL_BYTES
 """What a server takes at once of anybody: a chunk, with room for its fields."""
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", LARGEST_MESSAGE_BYTES),
@@ -183,9 +185,10 @@ class _Deserializer:
     exception from here with INTERNAL, as if it were the receiver's fault.
     """
 
-    def __init__(self, kind: type[Message], count: Callable[[int], None]) -> None:
+    def __init__(self, kind: type[Message], count: Callable[[int], None], limit: int = LARGEST_MESSAGE_BYTES) -> None:
+        """`limit`: most bytes of a message that is no chunk; a larger one is not even parsed."""
         self._parse = kind.FromString
-        self._count = count
+        self._count, self._limit = count, limit
         field = kind.DESCRIPTOR.fields_by_name.get("chunk")
         self._chunk_tag = bytes([field.number << 3 | 2]) if field is not None else None
 
@@ -194,6 +197,8 @@ class _Deserializer:
         try:
             if self._chunk_tag is not None and data[:1] == self._chunk_tag:
                 return Chunk.parse(data)
+            if len(data) > self._limit:
+                return PayloadError(f"a message of {len(data)} bytes; at most {self._limit}", Reason.SIZE)
             return self._parse(data)
         except PayloadError as error:
             return error
@@ -202,8 +207,8 @@ class _Deserializer:
 
 
 def parser(kind: type[Message]) -> Callable[[bytes], Any]:
-    """Parses messages that are not counted; what is none becomes a `PayloadError` in its place, as `checked` has it."""
-    return _Deserializer(kind, lambda _: None)
+    """Parses small messages that are not counted; what is none becomes a `PayloadError`, which `checked` raises."""
+    return _Deserializer(kind, lambda _: None, LARGEST_CONTROL_BYTES)
 
 
 def checked(message: Any) -> Any:
@@ -307,7 +312,7 @@ def service_handler(servicer: object, meter: WireMeter) -> grpc.GenericRpcHandle
         make = _HANDLERS[method.client_streaming, method.server_streaming]
         handlers[method.name] = make(
             getattr(servicer, method.name),
-            request_deserializer=_Deserializer(request, meter.count_uplink),
+            request_deserializer=_Deserializer(request, meter.count_uplink, LARGEST_CONTROL_BYTES),
             response_serializer=_Serializer(meter.count_downlink),
         )
     return grpc.method_handlers_generic_handler(SERVICE.full_name, handlers)

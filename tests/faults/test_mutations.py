@@ -27,7 +27,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 SEED = 5
 TASK, MODEL = "tests.tiny:Tiny", "norm"
 WORKERS = ("worker-0", "worker-1")
-GROWTH_BYTES = 8 << 20
+GROWTH_BYTES = 16 << 20
 LIMITS = {"worker_join_burst": 1_000_000, "join_burst": 1_000_000}
 """The rate of Joins has tests of its own; here all of them are to be looked at."""
 
@@ -90,9 +90,12 @@ async def test_mutated_messages(tmp_path: Path, pytestconfig: pytest.Config) -> 
     print(f"{outcomes.left:8d} broken off by the attacker, {outcomes.unseen} answers lost by its own library")
     for (status, reason), number in outcomes.by_status().most_common():
         print(f"{number:8d} {status} {reason}")
-    settled = next(used for sent, used in samples if sent >= count // 10)
-    grown = samples[-1][1] - settled
-    print(f"server memory: {settled / 2**20:.1f} MiB after a tenth, {grown / 2**20:+.2f} MiB since then")
+    shares = [next(used for sent, used in samples if sent >= count * tenths // 10) for tenths in (1, 3, 5, 7, 9)]
+    settled, grown = shares[0], samples[-1][1] - shares[0]
+    curve = ", ".join(f"{(used - settled) / 2**20:+.1f}" for used in (*shares[1:], samples[-1][1]))
+    print(
+        f"server memory: {settled / 2**20:.1f} MiB after a tenth of them, then MiB more after 3, 5, 7, 9, 10: {curve}"
+    )
 
     assert outcomes.messages >= count
     assert not outcomes.wrong, outcomes.wrong[:20]

@@ -64,6 +64,10 @@ def codec(name: str, **options: Any) -> Codec:
     return _REGISTRY[name](**options)
 
 
+LARGEST_SPEC = 1 << 14
+"""Characters of a codec as text."""
+
+
 def parse(spec: str) -> Codec:
     """The codec that `name` or `name:option=value,option=value` describes.
 
@@ -72,6 +76,8 @@ def parse(spec: str) -> Codec:
     Raises:
         OptionError: as `codec`, and where the text has another form.
     """
+    if len(spec) > LARGEST_SPEC:  # a server may have written it, and it is read once for each level of parentheses
+        raise OptionError("codec", spec[:80] + "...", f"at most {LARGEST_SPEC} characters")
     name, _, rest = spec.partition(":")
     options: dict[str, str] = {}
     for item in _split(rest):
