@@ -57,11 +57,17 @@ def keep_narrow(count: Int, nonzero: Int, row: NDArray[np.int64], dithered: bool
 
 
 @kernel
+def end_of_places(class_bits: Int, low_bits: Int, bound: Int) -> Int:
+    """A symbol that begins at b is coded where bound < b < this (`tables.fill_cumulative`)."""
+    return max(np.int64(CELLS + (low_bits == 0) - (1 << class_bits) - bound), np.int64(CELLS // 2 + 1))
+
+
+@kernel
 def place_symbols(count: Int, class_bits: Int, low_bits: Int, bound: Int, work: Coder) -> Int:
     """places[:count] of the tile's indices under its model, and lows; returns how many are escapes."""
     half, classes = np.int32((CELLS // 2) >> class_bits), np.int32(1 << class_bits)
-    lowest = np.int32(bound)
-    highest = np.int32(max(CELLS + (low_bits == 0) - classes - bound, CELLS // 2 + 1))
+    end = end_of_places(class_bits, low_bits, bound)
+    lowest, highest = np.int32(bound), np.int32(end)
     indices, lanes, places, lows = work.indices[:count], work.lanes[:count], work.places[:count], work.lows[:count]
     if low_bits:
         mask = np.int32((1 << low_bits) - 1)
@@ -74,7 +80,7 @@ def place_symbols(count: Int, class_bits: Int, low_bits: Int, bound: Int, work: 
     coded = np.int32(0)
     if WIDE:
         whole = count // WIDTH * WIDTH
-        coded = np.int32(place_rows(indices, lanes, whole, class_bits, bound, np.int64(highest), places))
+        coded = np.int32(place_rows(indices, lanes, whole, class_bits, bound, end, places))
     for i in range(whole, count):
         # LLVM shifts vectors of 32 bits where it sees that no shift is by 32 or more.
         shift = np.int32((np.uint64(lanes[i]) >> np.uint64(1)) >> down)
@@ -261,6 +267,7 @@ def encode_chunk(
     tail: Int = np.int64(work.escapes.size)
     tiles = (hi - lo + TILE - 1) // TILE
     any_symbols = False
+    bound: Int = (np.int64(1) << class_bits) - 1  # of an explicit model
     last = np.full(3, -1, np.int64)
     for tile in range(tiles - 1, -1, -1):
         begin = lo + tile * TILE
@@ -277,7 +284,7 @@ def encode_chunk(
         any_symbols = True
         if explicit:
             row[1] = 0
-            place_symbols(count, class_bits, low_bits, (np.int64(1) << class_bits) - 1, work)
+            place_symbols(count, class_bits, low_bits, bound, work)
             escaped = escape_the_rare(count, class_bits, work)
         else:
             fit(count, nonzero, total, squares, row, last, work.family)
@@ -299,8 +306,9 @@ def encode_chunk(
                 work.escapes[tail + byte] = work.nibbles[byte]
         if low_bits:
             use_low_bits(low_bits, work.low_entries, work.low_reciprocals)
-            top = put_symbols(work.lows, count, work.low_entries, work.low_reciprocals, states, words, top)
-        top = put_symbols(work.places, count, work.entries, work.reciprocals, states, words, top)
+            top = put_symbols(work.lows, count, work.low_entries, work.low_reciprocals, PAD, PAD, states, words, top)
+        place, end_place = PAD + bound + 1, PAD + end_of_places(class_bits, low_bits, bound)
+        top = put_symbols(work.places, count, work.entries, work.reciprocals, place, end_place, states, words, top)
     if explicit:
         size = put_table(class_bits, low_bits, work.slots, rows, tiles, out[HEAD:])
     else:

@@ -13,7 +13,7 @@ from ditherps.kernels.explicit import fill_from_slots
 from ditherps.kernels.jit import Int, kernel
 from ditherps.kernels.philox import TILE
 from ditherps.kernels.rans import LANES, SLOTS
-from ditherps.kernels.rans_wide import ROWS_SIZE, fill_rows
+from ditherps.kernels.rans_wide import PART, ROWS_SIZE, fill_rows
 from ditherps.kernels.tables import (
     CELLS,
     ENTRIES,
@@ -97,7 +97,7 @@ def coder() -> Coder:
             highs=np.empty(TILE, np.int32),
             parameters=np.empty((CHUNK_TILES, 3), np.int64),
             cumulative=np.empty(CELLS + 2, np.int64),
-            entries=np.empty(ENTRIES, np.uint32),
+            entries=np.zeros(ENTRIES + PART, np.uint32),  # whole parts may be read
             reciprocals=np.empty(ENTRIES, np.uint64),
             nearest=np.empty(SLOTS + FILL, np.uint8),
             rows=np.empty(ROWS_SIZE, np.uint32),

@@ -21,7 +21,7 @@ BLOCK = 64  # symbols looked at together
 
 @kernel
 def any_up_to(symbols: NDArray[np.uint16], highest: int) -> bool:
-    """Whether one of a block of symbols is at most `highest`: escapes are rare, and looking for them one by one slow."""
+    """Whether one of a block of symbols is at most `highest`: escapes are rare, and a look at each symbol slow."""
     found = False
     for i in range(symbols.size):
         found |= symbols[i] <= highest

@@ -31,6 +31,7 @@ def index_part(
     scale = np.float32(65536.0 / step) if step > 0.0 else np.float32(0.0)
     bound = np.float32(NARROW)
     largest = np.int32(0)
+    farthest = np.int32(0)
     nonzero = np.int32(0)
     for i in range(count):
         value = min(max(source[i] * scale, -bound), bound)
@@ -38,21 +39,23 @@ def index_part(
         # Not negative, so that cutting the fraction off rounds to nearest.
         whole = np.int32(np.int32(np.abs(value) + np.float32(0.5)))
         signed = np.int32(-whole) if value < np.float32(0.0) else whole
-        indices[i] = np.int32(np.int32(signed + np.int32(random[i])) >> 16)
+        index = np.int32(np.int32(signed + np.int32(random[i])) >> 16)
+        indices[i] = index
+        distance = np.int32(-index) if index < 0 else index
+        farthest = distance if distance > farthest else farthest
         largest = whole if whole > largest else largest
         nonzero = np.int32(nonzero + np.int32(whole != 0))
-    farthest = np.int32(0)
     fits = True
     if largest >= NARROW:
+        farthest = np.int32(0)
         for i in range(count):
             exact = np.floor(np.float64(source[i]) / step + (np.float64(random[i]) + 0.5) / 65536.0)
             size = np.float64(source[i]) / step
             fits &= np.abs(size) <= WIDEST  # whatever the dither: nothing that is reconstructed may depend on it
             indices[i] = np.int32(min(max(exact, -WIDEST), WIDEST))
             scaled[i] = np.float32(size * 65536.0)
-    for i in range(count):
-        distance = np.int32(-indices[i]) if indices[i] < 0 else indices[i]
-        farthest = distance if distance > farthest else farthest
+            distance = np.int32(-indices[i]) if indices[i] < 0 else indices[i]
+            farthest = distance if distance > farthest else farthest
     work.reach[0] = max(work.reach[0], np.int64(farthest))
     sums = work.sums
     sums[:] = np.float32(0.0)

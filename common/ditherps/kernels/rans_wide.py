@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ditherps.kernels.jit import Int, kernel
 from ditherps.kernels.rans import LOWEST, PAD, SLOT_BITS, SLOTS
-from ditherps.kernels.tables import CELLS
+from ditherps.kernels.tables import CELLS, ESCAPE_SLOTS
 from ditherps.kernels.vectors import (
     WIDTH,
     compress,
@@ -23,6 +23,7 @@ from ditherps.kernels.vectors import (
     least,
     load,
     pick,
+    pick_of_two,
     quotient,
     same,
     select,
@@ -31,6 +32,7 @@ from ditherps.kernels.vectors import (
 
 ROWS = 16  # symbols at most, escapes among them
 ROW_GROUP = 4  # taken together
+PART = 2 * WIDTH  # entries that are looked up together
 ROWS_SIZE = (ROWS + 1) * WIDTH  # the last row names the symbols
 
 _KEY = (1 << 19) - 1
@@ -66,15 +68,30 @@ def put_rows(
     places: NDArray[np.uint16],
     whole: Int,
     entries: NDArray[np.uint32],
+    begin: Int,
+    end: Int,
     states: NDArray[np.uint64],
     words: NDArray[np.uint16],
     top: Int,
 ) -> Int:
-    """`rans.put_symbols` of `places[:whole]`, whole rows; the 16 words below those of a row are scratch."""
+    """`rans.put_symbols` of `places[:whole]`, whole rows; the 16 words below those of a row are scratch.
+
+    All places but those of escapes lie from `begin` on and before `end`; where these are equal they may lie anywhere.
+    """
+    parts = (end - begin + PART - 1) // PART
     x = load(states, 0)
     positions = load(_POSITIONS, 0)
     for first in range(whole - WIDTH, -1, -WIDTH):
-        entry = gather(entries, load(places, first))
+        place = load(places, first)
+        if parts:
+            place = place - begin  # an escape's is in no part
+            part, entry = place >> 5, same(ESCAPE_SLOTS << 16)
+            for i in range(parts):
+                at = begin + PART * i
+                found = pick_of_two(load(entries, at), load(entries, at + WIDTH), place)
+                entry = select(part == i, found, entry)
+        else:
+            entry = gather(entries, place)
         freq = entry >> 16
         full = x >= freq << 19
         written = count_set(full)

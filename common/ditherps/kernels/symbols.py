@@ -1,4 +1,4 @@
-"""Coding a tile's symbols: whole rows as vectors where the processor has them, the rest one by one, to the same words."""
+"""Coding a tile's symbols: whole rows as vectors where the processor has them, the rest one by one. Same words."""
 
 from __future__ import annotations
 
@@ -18,17 +18,22 @@ def put_symbols(
     count: Int,
     entries: NDArray[np.uint32],
     reciprocals: NDArray[np.uint64],
+    begin: Int,
+    end: Int,
     states: NDArray[np.uint64],
     words: NDArray[np.uint16],
     top: Int,
 ) -> Int:
-    """As `rans.put_symbols`; 16 words below those that `count` symbols may take must exist, as scratch."""
+    """As `rans.put_symbols`, with `begin` and `end` for `rans_wide.put_rows`.
+
+    16 words below those that `count` symbols may take must exist, as scratch.
+    """
     whole: Int = np.int64(0)
     if WIDE and states.size == rans.LANES:
         whole = count // rans.LANES * rans.LANES
     top = rans.put_symbols(places[whole:], count - whole, entries, reciprocals, states, words, top)
     if WIDE and whole:
-        top = rans_wide.put_rows(places, whole, entries, states, words, top)
+        top = rans_wide.put_rows(places, whole, entries, begin, end, states, words, top)
     return top
 
 

@@ -1,8 +1,8 @@
 """Sixteen 32-bit integers as one value in a kernel, for loops that LLVM cannot vectorise by itself.
 
-A vector comes from `load` or `gather`; `+ - * & | ^ << >> < >=` work lane by lane, unsigned, the right one also with an
-integer, and a comparison yields a mask. Each function is an instruction or two of AVX-512 without a branch, on a type of
-LLVM's own: it stays in a register like any other local variable.
+A vector comes from `load`, `gather` or `same`; `+ - * & | ^ << >> == < >=` work lane by lane, unsigned, with a vector
+or an integer at the right, and a comparison yields a mask. Each function is an instruction or two of AVX-512 without a
+branch, on a type of LLVM's own: it stays in a register like any other local variable.
 
 They compile where `WIDE` says so and nowhere else, so each kernel that uses them has another way, to the same bits.
 Neither loads nor stores look at an array's length.
@@ -10,7 +10,6 @@ Neither loads nor stores look at an array's length.
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable
 from typing import Any, TypeAlias, cast
@@ -38,10 +37,10 @@ _WORD, _BYTE = ir.IntType(32), ir.IntType(8)
 _WORDS, _FLOATS, _BITS = (ir.VectorType(of, WIDTH) for of in (_WORD, ir.FloatType(), ir.IntType(1)))
 
 
-class _Lanes(types.Type):  # type: ignore[misc]
+class _Lanes(types.Type):
     """Numba's type of what has sixteen lanes; `form` is LLVM's."""
 
-    def __init__(self, name: str, form: ir.VectorType) -> None:
+    def __init__(self, name: str, form: Any) -> None:
         super().__init__(name=name)
         self.form = form
 
@@ -50,9 +49,9 @@ _VECTOR, _MASK = _Lanes("Vector", _WORDS), _Lanes("Mask", _BITS)
 
 
 @register_model(_Lanes)
-class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, type_: _Lanes) -> None:
-        super().__init__(manager, type_, type_.form)
+        super().__init__(manager, type_, type_.form)  # type: ignore[no-untyped-call]
 
 
 def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
@@ -80,12 +79,14 @@ def _function(result: Any, *operands: _Lanes) -> Callable[[Callable[..., Any]], 
             return (result(*given), generate) if given == operands else None
 
         # Numba wants to see how many arguments there are.
-        forms = {
+        forms: dict[int, Any] = {
             1: lambda typing_context, a: typed(a),
             2: lambda typing_context, a, b: typed(a, b),
             3: lambda typing_context, a, b, c: typed(a, b, c),
         }
-        return intrinsic(functools.update_wrapper(forms[len(operands)], emit, updated=()))
+        chosen = forms[len(operands)]
+        chosen.__name__, chosen.__doc__ = emit.__name__, emit.__doc__
+        return intrinsic(chosen)
 
     return made
 
@@ -97,7 +98,7 @@ def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any
     return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _load(typing_context: Any, array: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         item = ir.IntType(array.dtype.bitwidth)
@@ -111,7 +112,7 @@ def _load(typing_context: Any, array: Any, index: Any) -> Any:
     return _VECTOR(array, index), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _store(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         item = ir.IntType(array.dtype.bitwidth)
@@ -126,7 +127,7 @@ def _store(typing_context: Any, array: Any, index: Any, value: Any) -> Any:
     return types.void(array, index, value), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _gather(typing_context: Any, array: Any, places: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         first = context.make_array(signature.args[0])(context, builder, arguments[0]).data
@@ -138,7 +139,7 @@ def _gather(typing_context: Any, array: Any, places: Any) -> Any:
     return (_VECTOR(array, places), generate) if array.dtype.bitwidth == _WORD.width else None
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _same(typing_context: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return _splat(builder, context.cast(builder, arguments[0], value, types.uint32))
@@ -165,7 +166,7 @@ same = cast(Callable[[Int], Vector], _same)
 def _operate(symbol: Callable[..., Any], result: _Lanes, emit: Callable[..., Any]) -> None:
     lanes = _function(result, _VECTOR, _VECTOR)(emit)
 
-    @overload(symbol, strict=False)  # type: ignore[misc]
+    @overload(symbol, strict=False)
     def operate(left: Any, right: Any) -> Any:
         if left == _VECTOR and right == _VECTOR:
             return lambda left, right: lanes(left, right)
@@ -182,6 +183,7 @@ _operate(operator.or_, _VECTOR, lambda builder, left, right: builder.or_(left, r
 _operate(operator.xor, _VECTOR, lambda builder, left, right: builder.xor(left, right))
 _operate(operator.lshift, _VECTOR, lambda builder, left, right: builder.shl(left, right))
 _operate(operator.rshift, _VECTOR, lambda builder, left, right: builder.lshr(left, right))
+_operate(operator.eq, _MASK, lambda builder, left, right: builder.icmp_unsigned("==", left, right))
 _operate(operator.lt, _MASK, lambda builder, left, right: builder.icmp_unsigned("<", left, right))
 _operate(operator.ge, _MASK, lambda builder, left, right: builder.icmp_unsigned(">=", left, right))
 
@@ -217,6 +219,12 @@ def quotient(builder: Any, value: Any, divisor: Any) -> Any:
 def pick(builder: Any, table: Any, places: Any) -> Any:
     """`table[place % 16]` for the sixteen places."""
     return _call(builder, "llvm.x86.avx512.permvar.si.512", _WORDS, table, places)
+
+
+@_function(_VECTOR, _VECTOR, _VECTOR, _VECTOR)
+def pick_of_two(builder: Any, low: Any, high: Any, places: Any) -> Any:
+    """`pick` from a table of 32 lanes, `places % 32`."""
+    return _call(builder, "llvm.x86.avx512.vpermi2var.d.512", _WORDS, low, places, high)
 
 
 @_function(_VECTOR, _VECTOR, _MASK)
