@@ -11,6 +11,9 @@ import typer
 
 from ditherps import __version__
 from ditherps.errors import DitherpsError, ExitCode, HandshakeError, RefusedError
+from ditherps.logs import logs_json
+
+log = logging.getLogger(__name__)
 
 COMMANDS = "ditherps.commands"
 """Entry-point group: each package that has commands names a `register(app)` there."""
@@ -44,19 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else ExitCode.OK
     except DitherpsError as error:
+        if logs_json():
+            log.error("failed reason=%s exit_code=%d: %s", getattr(error, "reason", ""), error.exit_code, error)
+            return error.exit_code
         reason = f"{error.reason}: " if isinstance(error, (HandshakeError, RefusedError)) else ""
         print(f"error: {reason}{error}", file=sys.stderr)
         return error.exit_code
     return ExitCode.OK
-
-
-def log_to_stderr(*, verbose: bool) -> None:
-    """Structured lines on standard error: time, level, message."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-        force=True,
-    )
-    for noisy in ("asyncio", "matplotlib", "numba", "PIL"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)

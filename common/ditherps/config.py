@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from ditherps.errors import OptionError, UserError
+from ditherps.logs import LogFormat
 
 
 class _Config(BaseModel):
@@ -306,6 +307,11 @@ class ServerConfig(_Config):
     insecure: bool = False
     """Allow plaintext beyond this machine."""
     reflection: bool = False
+    health_socket: Path | None = None
+    """Serve on this Unix socket too, in plaintext: for health checks beside a server that asks for certificates."""
+    log_format: LogFormat = "text"
+    tensorboard: Path | None = None
+    """Folder for TensorBoard's event files."""
 
 
 class WorkerConfig(_Config):
@@ -329,6 +335,7 @@ class WorkerConfig(_Config):
     token: SecretStr = SecretStr("")
     """A token, or @FILE."""
     insecure: bool = False
+    log_format: LogFormat = "text"
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -25,6 +25,7 @@ from ditherps.config import JobConfig, ServerConfig
 from ditherps.downlink import downlink_codec
 from ditherps.errors import OptionError, Reason, RunFailedError, UserError
 from ditherps.kernels import robust
+from ditherps.lag import watch_lag
 from ditherps.metrics import ServerMetrics
 from ditherps.network import is_loopback
 from ditherps.security.credentials import Files, ServerFiles
@@ -40,9 +41,11 @@ from ditherps_server.members import Members
 from ditherps_server.model import ServerModel
 from ditherps_server.records import Recorder, RunResult
 from ditherps_server.rounds import Rules
+from ditherps_server.rpcs import RpcMeter
 from ditherps_server.rule import check_rule
 from ditherps_server.saving import Saver, resumed
 from ditherps_server.service import ParameterServerService
+from ditherps_server.tensorboard import Board
 from ditherps_server.updater import Updater
 
 log = logging.getLogger(__name__)
@@ -86,7 +89,8 @@ async def serve(
     if job.aggregation.robust or job.max_norm or job.max_norm_ratio:
         robust.warm()
 
-    recorder = Recorder(config.run_dir, listeners=[on_round] if on_round else [])
+    board = Board(config.tensorboard, model.version) if config.tensorboard else None
+    recorder = Recorder(config.run_dir, listeners=[listen for listen in (on_round, board and board.add) if listen])
     metrics, meter = ServerMetrics(ditherps.__version__), wire.WireMeter(traffic_of(origin.totals))
     metrics_port = metrics.serve(config.metrics_host, config.metrics_port) if config.metrics_port >= 0 else None
     accounts = Accounts(job, model.layout.coordinates, broadcast, metrics, meter, origin.totals, time.monotonic())
@@ -99,7 +103,7 @@ async def serve(
     interceptor = ErrorInterceptor(
         meter, job.idle_timeout_seconds, lambda reason: metrics.refused_rpcs.labels(reason.value).inc()
     )
-    server = grpc.aio.server(options=wire.SERVER_OPTIONS, interceptors=[interceptor])
+    server = grpc.aio.server(options=wire.SERVER_OPTIONS, interceptors=[RpcMeter(metrics), interceptor])
     # A worker that is busy must not look silent.
     heartbeat_seconds = min(config.heartbeat_seconds, job.idle_timeout_seconds / 3)
     gate = Gate(mutual=files is not None and tokens is None, tokens=tokens)
@@ -110,6 +114,10 @@ async def serve(
     if config.reflection:
         _add_reflection(server)
     port = _bind(server, config, files)
+    if config.health_socket is not None:
+        config.health_socket.unlink(missing_ok=True)
+        server.add_insecure_port(f"unix:{config.health_socket}")  # the gate lets nobody speak as a worker there
+    metrics.describe(job, broadcast.codec_spec, model.layout.coordinates)
     if files is not None:
         metrics.watch_certificates(files.files.expiry)
     saver.begin()
@@ -123,12 +131,16 @@ async def serve(
     log.info("listening on %s for %d workers; run folder %s", address, job.workers, config.run_dir)
 
     _stop_on_signals(coordinator)
+    lag = asyncio.create_task(watch_lag(metrics.event_loop_lag_seconds.observe))
     try:
         reason = await coordinator.run()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
                 await coordinator.drained()
     finally:
+        lag.cancel()
+        if board is not None:
+            board.close()
         await health_servicer.enter_graceful_shutdown()
         await server.stop(1.0)
         pool.shutdown(cancel_futures=True)

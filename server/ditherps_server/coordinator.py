@@ -110,7 +110,7 @@ class Coordinator:
             return index
         else:
             self._handle(rounds.Seen(index))
-        self._metrics.worker_last_seen_timestamp_seconds.labels(member.name).set_to_current_time()
+        self.accounts.seen(index)
         return index
 
     def leave(self, index: int, reason: Reason) -> None:
@@ -187,7 +187,8 @@ class Coordinator:
             raise RefusedError(Reason.LATE, f"round {announcement.round} has ended")
         if not self._staging.commit(contribution):
             return False
-        self.accounts.arrived(announcement)
+        opened_at = self._state.plan.opened_at if self._state.plan else self._clock()
+        self.accounts.arrived(announcement, self._clock() - opened_at)
         self._handle(rounds.Delivered(announcement.index))
         return True
 
@@ -300,6 +301,7 @@ class Coordinator:
         self._metrics.round_workers.labels("invited").set(invited)
         self._metrics.round_workers.labels("delivered").set(len(state.delivered))
         self._metrics.round_workers.labels("absent").set(len(self.members.names) - len(state.present))
+        self.accounts.awaiting({index for index in state.members if self._state_of(index) == "computing"})
         self._metrics.history_bytes.set(self.broadcast.history.nbytes)
         self.accounts.export()
 

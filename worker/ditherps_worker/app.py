@@ -18,8 +18,10 @@ import ditherps
 from ditherps import wire
 from ditherps.config import JobConfig, WorkerConfig
 from ditherps.errors import ExitCode, OptionError, Reason, RefusedError, UnreachableError
+from ditherps.lag import watch_lag
 from ditherps.memory import keep_freed_memory
 from ditherps.metrics import DOWN, UP, WorkerMetrics
+from ditherps.security.credentials import Files
 from ditherps.tasks import load_task, task_names
 from ditherps_worker.client import Client
 from ditherps_worker.compute import Computer, make_deterministic
@@ -78,8 +80,15 @@ async def _work(config: WorkerConfig, device: torch.device) -> ExitCode:
         return Computer(job, index, load_task(config.task or job.task), config.data_dir, device)
 
     client = Client(config, meter)
+    if device.type == "cuda":
+        metrics.watch_gpu(lambda: torch.cuda.memory_allocated(device), lambda: torch.cuda.memory_reserved(device))
+    if config.certs is not None:
+        metrics.watch_certificates(Files(config.certs).expiry)
     job = asyncio.ensure_future(Loop(config, client, make_computer, metrics).run())
-    exporter = asyncio.ensure_future(_export(meter, metrics))
+    background = [
+        asyncio.ensure_future(_export(meter, metrics)),
+        asyncio.ensure_future(watch_lag(metrics.event_loop_lag_seconds.observe)),
+    ]
     try:
         with _cancelled_by_signals(job):
             result = await job
@@ -89,7 +98,8 @@ async def _work(config: WorkerConfig, device: torch.device) -> ExitCode:
         log.info("interrupted")
         return ExitCode.INTERRUPTED
     finally:
-        exporter.cancel()
+        for task in background:
+            task.cancel()
         await client.close()
 
 
