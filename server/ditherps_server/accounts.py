@@ -85,6 +85,9 @@ class Accounts:
         self._names = job.member_table
         self._latencies: dict[int, float] = {}
         """Seconds from the opening of the round, of each contribution to it."""
+        for name in self._names if self._named else ():  # so that each is 0 from the start
+            metrics.worker_contributions.labels(name)
+            metrics.worker_absences.labels(name)
 
     @property
     def traffic(self) -> Traffic:

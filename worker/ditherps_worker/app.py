@@ -38,17 +38,20 @@ def run_worker(config: WorkerConfig) -> ExitCode:
     keep_freed_memory()
     if config.task:
         load_task(config.task)
-    device = pick_device(config.device)
+    pick_device(config.device)
     if config.server.startswith("@"):
         address = announced(Path(config.server[1:]), config.connect_timeout_seconds)
         config = config.model_copy(update={"server": address})
-    return uvloop.run(_work(config, device))
+    return uvloop.run(_work(config))
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto`: the first GPU if there is one, else the CPU; raises `OptionError` for a GPU that is not there."""
+def pick_device(name: str, index: int = 0) -> torch.device:
+    """`auto`: one of this machine's GPUs, by the worker's index, or the CPU where there is none.
+
+    Raises `OptionError` for a GPU that is not there.
+    """
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        return torch.device(f"cuda:{index % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError("--device", name, f"auto, cpu; this machine has {torch.cuda.device_count()} GPUs")
@@ -65,7 +68,7 @@ def announced(path: Path, limit_seconds: float) -> str:
     return str(json.loads(path.read_text())["address"])
 
 
-async def _work(config: WorkerConfig, device: torch.device) -> ExitCode:
+async def _work(config: WorkerConfig) -> ExitCode:
     check_plaintext(config)
     meter, metrics = wire.WireMeter(), WorkerMetrics(ditherps.__version__)
     if config.metrics_port >= 0:
@@ -77,11 +80,12 @@ async def _work(config: WorkerConfig, device: torch.device) -> ExitCode:
         if not config.task and job.task not in task_names():
             raise RefusedError(Reason.TASK_MISMATCH, f"the job's task is {job.task!r}: name it here too, with --task")
         make_deterministic(job.compute_threads)
+        device = pick_device(config.device, index)
+        if device.type == "cuda":
+            metrics.watch_gpu(lambda: torch.cuda.memory_allocated(device), lambda: torch.cuda.memory_reserved(device))
         return Computer(job, index, load_task(config.task or job.task), config.data_dir, device)
 
     client = Client(config, meter)
-    if device.type == "cuda":
-        metrics.watch_gpu(lambda: torch.cuda.memory_allocated(device), lambda: torch.cuda.memory_reserved(device))
     if config.certs is not None:
         metrics.watch_certificates(Files(config.certs).expiry)
     job = asyncio.ensure_future(Loop(config, client, make_computer, metrics).run())

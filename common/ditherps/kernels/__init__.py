@@ -22,7 +22,8 @@ def warm(codec: Codec) -> None:
 
     Of the processes of this machine one compiles at a time; the others wait, and then find its work in the cache.
     """
-    key = f"{numba.__version__} {get_host_cpu_name()} {max(path.stat().st_mtime_ns for path in _FOLDER.glob('*.py'))} {codec!r}\n"
+    newest = max(path.stat().st_mtime_ns for path in _FOLDER.glob("*.py"))
+    key = f"{numba.__version__} {get_host_cpu_name()} {newest} {codec!r}\n"
     try:
         _CACHE.mkdir(parents=True, exist_ok=True)
         with (_CACHE / "warm").open("a+") as done:
