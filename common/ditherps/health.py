@@ -5,6 +5,7 @@ from __future__ import annotations
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -18,8 +19,8 @@ HEALTH_SECONDS = 5.0
 def check_health(address: str, certs: Path | None = None) -> None:
     """Returns if what listens at `address` is well; raises `UnreachableError` if not.
 
-    `address`: `HOST:PORT` or `unix:PATH` of a server, which is asked by gRPC's health protocol, or the `http://` address
-    of an end's metrics. `certs`: folder of this end's certificates, for HOST:PORT under TLS.
+    `address`: `HOST:PORT` or `unix:PATH` of a server, which is asked by gRPC's health protocol, or the `http://`
+    address of an end's metrics. `certs`: folder of this end's certificates, for HOST:PORT under TLS.
     """
     if address.startswith("http://"):
         try:
@@ -31,8 +32,10 @@ def check_health(address: str, certs: Path | None = None) -> None:
         grpc.secure_channel(address, channel_credentials(Files(certs))) if certs else grpc.insecure_channel(address)
     ) as channel:
         try:
-            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_SECONDS)
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_SECONDS)
         except grpc.RpcError as error:
-            raise UnreachableError(f"{address}: {error.details() if isinstance(error, grpc.Call) else error}") from None
+            detail = error.details() if hasattr(error, "details") else error
+            raise UnreachableError(f"{address}: {detail}") from None
     if answer.status != health_pb2.HealthCheckResponse.SERVING:
         raise UnreachableError(f"{address}: {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)}")

@@ -142,7 +142,13 @@ Name = Annotated[
     ),
 ]
 Device = Annotated[
-    str | None, _option("--device", env="DEVICE", text="auto (a GPU by the worker's index, if there is one), cpu, or cuda:N (default: auto).", panel=RUN)
+    str | None,
+    _option(
+        "--device",
+        env="DEVICE",
+        text="auto (a GPU by the worker's index, if there is one), cpu, or cuda:N (default: auto).",
+        panel=RUN,
+    ),
 ]
 Json = Annotated[
     bool, _option("--json", env="JSON", text="Print the result as one JSON object, the last line of output.", panel=RUN)

@@ -43,9 +43,7 @@ def dashboard(board: Board) -> str:
         .timezone("browser")
         .readonly()
         .tooltip(DashboardCursorSync.CROSSHAIR)
-        .link(
-            builders.DashboardLink("ditherps").type(DashboardLinkType.DASHBOARDS).tags(["ditherps"]).keep_time(True)
-        )
+        .link(builders.DashboardLink("ditherps").type(DashboardLinkType.DASHBOARDS).tags(["ditherps"]).keep_time(True))
     )
     for title, panels in board.rows:
         built = built.with_row(builders.Row(title))

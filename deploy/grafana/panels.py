@@ -62,12 +62,15 @@ def quantiles(metric: str, by: str = "", selector: str = "") -> tuple[Query, Que
     rate = f"sum by ({group}) (rate({metric}_bucket{selector}{RATE}))"
     name = f"{{{{{by}}}}} " if by else ""
     return tuple(
-        Query(f"histogram_quantile({share}, {rate})", f"{name}{text}") for share, text in ((0.5, "median"), (0.95, "95 %"))
+        Query(f"histogram_quantile({share}, {rate})", f"{name}{text}")
+        for share, text in ((0.5, "median"), (0.95, "95 %"))
     )  # type: ignore[return-value]
 
 
 NAMED = " * on (job, instance) group_left (worker) ditherps_worker_info"
 """Gives a worker's own series the name that it has in the job."""
+
+BY_CODEC = 'sum by (direction, codec) (rate(ditherps_{}_total{{job="ditherps-server"}}[1m]))'
 
 OVERVIEW = Board(
     "ditherps-overview",
@@ -83,7 +86,8 @@ OVERVIEW = Board(
                      "ditherps_round / ditherps_job_rounds", decimals=1),
                 stat("Test accuracy", "percentunit", "Share of the test set that the last evaluated model got right.",
                      "ditherps_test_accuracy", decimals=2),
-                stat("Below float32, both ways", "suffix: x", "How many times fewer bits travelled in the last minute, up and down "
+                stat("Below float32, both ways", "suffix: x",
+                     "How many times fewer bits travelled in the last minute, up and down "
                      "together, than the same numbers take as plain 32-bit floats.",
                      "ditherps:compression_ratio_both:rate1m", decimals=1),
                 stat("Workers here", "none", "Workers that have joined and are not silent.",
@@ -97,7 +101,8 @@ OVERVIEW = Board(
             (
                 line("Loss", "none", "What training makes smaller. Train: mean over the workers' batches of the last "
                      "round, noisy. Test: of the whole test set, at the last evaluation.",
-                     Query("ditherps_train_loss{job=\"ditherps-server\"}", "train"), Query("ditherps_test_loss", "test"),
+                     Query('ditherps_train_loss{job="ditherps-server"}', "train"),
+                     Query("ditherps_test_loss", "test"),
                      width=12),
                 line("Accuracy", "percentunit", "Share of the test set that the model gets right. Evaluated about 30 "
                      "times in a run, so it moves in steps.", Query("ditherps_test_accuracy", "test"), width=12),
@@ -109,7 +114,8 @@ OVERVIEW = Board(
                 line("Bits a round", "decbits", "All bits that a round took on the wire, of all workers, framing and "
                      "control included. Up: from the workers; down: to them. It is what rounds.jsonl records.",
                      Query("ditherps:round_bits", "{{direction}}"), logarithmic=True),
-                line("Times below float32", "suffix: x", "How many times fewer bits than 32 a number, by direction, over the "
+                line("Times below float32", "suffix: x",
+                     "How many times fewer bits than 32 a number, by direction, over the "
                      "last minute. Higher is better.", Query("ditherps:compression_ratio:rate1m", "{{direction}}")),
                 line("Traffic", "bps", "Bits a second through the server's link.",
                      Query(f'8 * sum by (direction) (rate(ditherps_wire_bytes_total{{job="ditherps-server"}}{RATE}))',
@@ -144,10 +150,10 @@ CODEC = Board(
                 line("Bits a coordinate, wire", "none", "Bits on the wire for each number (coordinate) of updates and "
                      "model steps, framing and control included; float32 takes 32.",
                      Query("ditherps:bits_per_value:rate1m", "{{direction}}")),
-                line("Bits a coordinate, by codec", "none", "The same of the encoded content alone, for each codec that "
+                line("Bits a coordinate, by codec", "none",
+                     "The same of the encoded content alone, for each codec that "
                      "carried it. `none` is a model that travels whole in float32.",
-                     Query('8 * sum by (direction, codec) (rate(ditherps_payload_bytes_total{job="ditherps-server"}[1m]))'
-                           ' / (sum by (direction, codec) (rate(ditherps_values_total{job="ditherps-server"}[1m])) > 0)',
+                     Query(f"8 * {BY_CODEC.format('payload_bytes')} / ({BY_CODEC.format('values')} > 0)",
                            "{{direction}} {{codec}}")),
                 line("Size of a model step", "bytes", "Bytes of the encoded step that every worker gets after a round. "
                      "0: the model travels in float32.", Query("ditherps_step_bytes", "step")),
@@ -227,7 +233,8 @@ FLEET = Board(
                 line("Computing", "s", "Mean time of a gradient or of a round's local steps, by worker.",
                      Query(f"rate(ditherps_compute_seconds_sum{RATE})"
                            f" / (rate(ditherps_compute_seconds_count{RATE}) > 0)" + NAMED, "{{worker}}")),
-                line("Pushing", "s", "Mean time to send an update until the server has taken it. On a slow link this is "
+                line("Pushing", "s",
+                     "Mean time to send an update until the server has taken it. On a slow link this is "
                      "what compression shortens.",
                      Query(f"rate(ditherps_push_seconds_sum{RATE}) / (rate(ditherps_push_seconds_count{RATE}) > 0)"
                            + NAMED, "{{worker}}")),
@@ -245,7 +252,8 @@ FLEET = Board(
                      Query("time() - (ditherps_worker_last_seen_timestamp_seconds > 0)", "{{worker}}")),
                 line("Reconnects", "none", "How often each worker had to make its connection anew, in the last ten "
                      "minutes.", Query("increase(ditherps_reconnects_total[10m])" + NAMED, "{{worker}}")),
-                line("Wrong models", "none", "How often a worker did not hold the model that it should, and was sent it "
+                line("Wrong models", "none",
+                     "How often a worker did not hold the model that it should, and was sent it "
                      "whole, in the last ten minutes. Anything but 0 is a bug or a damaged machine.",
                      Query("increase(ditherps_digest_mismatches_total[10m])", "mismatches")),
                 line("Training loss", "none", "Loss of each worker's last batch. Workers with unlike data differ.",
@@ -276,7 +284,8 @@ SERVICE = Board(
                 line("RPCs", "reqps", "Calls a second, by method. Push is a contribution, Pull the model, Watch a "
                      "stream that stays open while a worker is there.",
                      Query(f"sum by (grpc_method) (rate(grpc_server_handled_total{RATE}))", "{{grpc_method}}")),
-                line("RPCs by outcome", "reqps", "Calls a second by gRPC's status code. CANCELLED is a worker that went; "
+                line("RPCs by outcome", "reqps",
+                     "Calls a second by gRPC's status code. CANCELLED is a worker that went; "
                      "all else but OK has a reason in the server's log.",
                      Query(f"sum by (grpc_code) (rate(grpc_server_handled_total{RATE}))", "{{grpc_code}}")),
                 line("Duration of calls", "s", "95th percentile of how long calls took, by method.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,11 @@ class Board:
         Raises `UserError` where TensorBoard is not installed, or the folder cannot be made.
         """
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            tensorboard: Any = importlib.import_module("torch.utils.tensorboard")  # untyped
         except ImportError:
             raise UserError("--tensorboard needs another package: pip install 'ditherps[tensorboard]'") from None
         try:
-            self._writer = SummaryWriter(str(folder), purge_step=version + 1)  # type: ignore[no-untyped-call]
+            self._writer = tensorboard.SummaryWriter(str(folder), purge_step=version + 1)
         except OSError as error:
             raise UserError(f"--tensorboard {folder} cannot be written: {error.strerror}") from None
 
@@ -44,8 +45,8 @@ class Board:
         values |= {name: 8 * record[field] for name, field in _BITS.items()}
         for name, value in values.items():
             if value is not None:
-                self._writer.add_scalar(name, value, record["version"])  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(name, value, record["version"])
 
     def close(self) -> None:
         """Write what is not written yet."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()

@@ -150,7 +150,10 @@ def test_every_expression_has_an_answer_and_every_metric_arrives(tmp_path: Path)
                 for name, metric in exported(metrics.registry).items():
                     assert (f"{name}_bucket" if metric.kind == "histogram" else name) in names, name
             last = json.loads((run_dir / "rounds.jsonl").read_text().splitlines()[-1])
-            bits = {sample["metric"]["direction"]: float(sample["value"][1]) for sample in found.query("ditherps:round_bits")}
+            bits = {
+                sample["metric"]["direction"]: float(sample["value"][1])
+                for sample in found.query("ditherps:round_bits")
+            }
             assert bits["up"] == pytest.approx(8 * last["uplink_bytes"], rel=0.1)
     finally:
         cluster.close()

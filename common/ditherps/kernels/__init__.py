@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 _FOLDER = Path(__file__).parent
 # Numba's (NUMBA_CACHE_DIR, else beside the kernels), so that what is noted there goes when the cache does.
-_CACHE = Path(numba.config.CACHE_DIR or _FOLDER / "__pycache__")
+_CACHE = Path(os.environ.get("NUMBA_CACHE_DIR") or _FOLDER / "__pycache__")
 
 
 def warm(codec: Codec) -> None:
