@@ -6,6 +6,7 @@ import functools
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -19,6 +20,25 @@ import pytest
 BASE = "ditherps-test-base:bookworm"
 PROMETHEUS = "ditherps-test-prometheus:local"
 TAG = "deploy-test"
+
+
+def docker_client() -> str | None:
+    """The first Docker client on PATH that builds with BuildKit: with the plugin, or older than that."""
+    for folder in os.environ["PATH"].split(os.pathsep):
+        client = shutil.which("docker", path=folder)
+        if client is None:
+            continue
+        said = subprocess.run([client, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+        version = re.search(r"version (\d+)\.", said)
+        old = version is not None and int(version[1]) < 23
+        if (
+            old
+            or not subprocess.run(
+                [client, "buildx", "version"], capture_output=True, timeout=60, check=False
+            ).returncode
+        ):
+            return client
+    return None
 
 
 def compose_command() -> list[str] | None:
@@ -35,11 +55,13 @@ def why_not() -> str:
     if os.geteuid() != 0:
         return "containers need root here"
     for program, package in (
-        ("dockerd", "docker.io"), ("docker", "docker.io"), ("iptables", "iptables"), ("debootstrap", "debootstrap"),
+        ("dockerd", "docker.io"), ("iptables", "iptables"), ("debootstrap", "debootstrap"),
         ("prometheus", "prometheus"),
     ):  # fmt: skip
         if shutil.which(program) is None:
             return f"{program} is not installed (Debian's package {package})"
+    if docker_client() is None:
+        return "no Docker client here can build with BuildKit (Debian's package docker.io)"
     return "" if compose_command() else "docker compose is not installed (Debian's package docker-compose)"
 
 
@@ -48,7 +70,7 @@ class Engine:
 
     def __init__(self, folder: Path) -> None:
         self.host = f"unix://{folder / 's'}"
-        self._folder = folder
+        self._folder, self._client = folder, docker_client()
         self._log = (folder / "dockerd.log").open("wb")
         self._process = subprocess.Popen(
             [
@@ -69,7 +91,7 @@ class Engine:
 
     def docker(self, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `docker ARGUMENTS`."""
-        return self.run(["docker", *map(str, arguments)], check=check)
+        return self.run([str(self._client), *map(str, arguments)], check=check)
 
     def run(
         self, command: Sequence[str], *, check: bool = True, seconds: float = 900.0, cwd: Path | None = None
@@ -109,7 +131,7 @@ def make_base(engine: Engine, folder: Path) -> None:
     engine.run(["debootstrap", "--variant=minbase", include, "bookworm", str(root)])
     for leftover in (root / "var/cache/apt/archives").glob("*.deb"):
         leftover.unlink()
-    engine.run(["sh", "-c", f"tar -C {root} -c . | docker import - {BASE}"])
+    engine.run(["sh", "-c", f"tar -C {root} -c . | {docker_client()} import - {BASE}"])
     shutil.rmtree(root)
     context = folder / "prometheus-image"
     context.mkdir()
