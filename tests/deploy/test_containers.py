@@ -26,8 +26,8 @@ codec = "dqsg"
 rounds = {ROUNDS}
 members = ["pool/*"]
 quorum = 0.6
-round_deadline_seconds = 10
-idle_timeout_seconds = 5
+round_deadline_seconds = 120
+idle_timeout_seconds = 10
 join_timeout_seconds = 300
 """
 

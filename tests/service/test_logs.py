@@ -56,12 +56,12 @@ def test_a_failure_of_a_worker_is_in_the_log_with_its_reason(tmp_path: Path) -> 
     cluster = Cluster(tmp_path)
     try:
         cluster.server(
-            "--workers", 2, "--rounds", 100000, "--set", "quorum=0.5", "--set", "idle_timeout_seconds=3",
-            "--set", "round_deadline_seconds=3", "--codec", "dqsg", "--log-format", "json",
+            "--workers", 2, "--rounds", 100000, "--set", "quorum=0.5", "--set", "idle_timeout_seconds=5",
+            "--set", "round_deadline_seconds=5", "--codec", "dqsg", "--log-format", "json",
         )  # fmt: skip
         for index in range(2):
             cluster.worker(f"worker-{index}")
-        wait_until(lambda: len(read_records(tmp_path)) > 5, what="rounds")
+        wait_until(lambda: len(read_records(tmp_path)) > 5, 150, "rounds")
         cluster.kill("worker-1")
         wait_until(lambda: read_records(tmp_path)[-1]["absent"], what="a round without the worker")
         cluster.processes["server"].terminate()
