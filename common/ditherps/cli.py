@@ -12,9 +12,11 @@ import typer
 
 from ditherps import __version__
 from ditherps.errors import DitherpsError, ExitCode, HandshakeError, RefusedError
+from ditherps.logs import logs_json
 from ditherps.text import printable
 
-_LINE = "%(asctime)s %(levelname)s %(name)s %(message)s"
+log = logging.getLogger(__name__)
+
 COMMANDS = "ditherps.commands"
 """Entry-point group: each package that has commands names a `register(app)` there."""
 
@@ -48,27 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else ExitCode.OK
     except DitherpsError as error:
+        if logs_json():
+            log.error("failed reason=%s exit_code=%d: %s", getattr(error, "reason", ""), error.exit_code, error)
+            return error.exit_code
         reason = f"{error.reason}: " if isinstance(error, (HandshakeError, RefusedError)) else ""
         print(f"error: {reason}{printable(str(error))}", file=sys.stderr)
         return error.exit_code
     return ExitCode.OK
-
-
-class _OneLine(logging.Formatter):
-    """A message is one line, whatever others put into it; the traceback of an error follows it as it is."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        return printable(super().formatMessage(record))
-
-
-def log_to_stderr(*, verbose: bool) -> None:
-    """Structured lines on standard error: time, level, message."""
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        stream=sys.stderr,
-        force=True,
-    )
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(_OneLine(_LINE))
-    for noisy in ("asyncio", "matplotlib", "numba", "PIL"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)

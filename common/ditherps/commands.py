@@ -1,4 +1,4 @@
-"""Commands that belong to neither end: local, compare, status, plot, bench."""
+"""Commands that belong to neither end: local, compare, status, health, plot, bench."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
     app.command()(local)
     app.command()(compare)
     app.command()(status)
+    app.command()(health)
     app.command()(plot)
     app.add_typer(bench, name="bench")
     app.add_typer(certificates, name="certs")
@@ -107,6 +108,18 @@ def status(
 
     response = fetch_status(server, certs, token or "")
     print_status(response, as_json=json_)
+
+
+def health(
+    address: Annotated[
+        str, typer.Argument(help="HOST:PORT or unix:PATH of a server, or http://HOST:PORT/metrics of either end.")
+    ] = "127.0.0.1:50051",
+    certs: options.Certs = None,
+) -> None:
+    """Exit with 0 if a process is well: for the health checks of containers."""
+    from ditherps.health import check_health
+
+    check_health(address, certs)
 
 
 def plot(

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from ditherps.errors import OptionError, UserError
+from ditherps.logs import LogFormat
 from ditherps.text import one_line
 
 
@@ -364,6 +365,11 @@ class ServerConfig(_Config):
     """Allow plaintext beyond this machine."""
     reflection: bool = False
     limits: LimitsConfig = LimitsConfig()
+    health_socket: Path | None = None
+    """Serve on this Unix socket too, in plaintext: for health checks beside a server that asks for certificates."""
+    log_format: LogFormat = "text"
+    tensorboard: Path | None = None
+    """Folder for TensorBoard's event files."""
 
 
 class WorkerConfig(_Config):
@@ -390,6 +396,7 @@ class WorkerConfig(_Config):
     token: SecretStr = SecretStr("")
     """A token, or @FILE."""
     insecure: bool = False
+    log_format: LogFormat = "text"
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -155,6 +155,13 @@ Tls13 = Annotated[
     bool | None, _option("--tls13", env="TLS13", text="Speak TLS 1.3 alone, no older version.", panel=RUN)
 ]
 Reflection = Annotated[bool | None, _option("--reflection", env="REFLECTION", text="Serve gRPC reflection.", panel=RUN)]
+HealthSocket = Annotated[
+    Path | None,
+    _option(
+        "--health-socket", env="HEALTH_SOCKET",
+        text="Unix socket for `ditherps health unix:PATH`, which needs no certificate there.", panel=RUN,
+    ),
+]  # fmt: skip
 Server = Annotated[
     str | None,
     _option("--server", "-s", env="SERVER", text="HOST:PORT of the server (default: 127.0.0.1:50051).", panel=RUN),
@@ -166,10 +173,26 @@ Name = Annotated[
     ),
 ]
 Device = Annotated[
-    str | None, _option("--device", env="DEVICE", text="auto, cpu, or cuda:N (default: auto).", panel=RUN)
+    str | None,
+    _option(
+        "--device",
+        env="DEVICE",
+        text="auto (a GPU by the worker's index, if there is one), cpu, or cuda:N (default: auto).",
+        panel=RUN,
+    ),
 ]
 Json = Annotated[
     bool, _option("--json", env="JSON", text="Print the result as one JSON object, the last line of output.", panel=RUN)
+]
+LogFormat = Annotated[
+    str | None,
+    _option(
+        "--log-format", env="LOG_FORMAT",
+        text="text, or json: an object a line, with a line for each round and worker (default: text).", panel=RUN,
+    ),
+]  # fmt: skip
+TensorBoard = Annotated[
+    Path | None, _option("--tensorboard", env="TENSORBOARD", text="Folder for TensorBoard's event files.", panel=RUN)
 ]
 Verbose = Annotated[bool, _option("--verbose", "-v", env="VERBOSE", text="Log more.", panel=RUN)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 from ditherps.config import JobConfig
 from ditherps.downlink import LAG_LIMIT, lag_rounds
 from ditherps.errors import Reason
-from ditherps.metrics import DOWN, UP, ServerMetrics
+from ditherps.logs import ROUNDS
+from ditherps.metrics import DOWN, LARGEST_NAMED, UP, ServerMetrics
 from ditherps.wire import Traffic, WireMeter
 from ditherps_server.broadcast import Answer, Broadcast
 from ditherps_server.evaluation import Evaluation
@@ -23,6 +24,7 @@ from ditherps_server.staging import Announcement
 from ditherps_server.updater import UpdateReport
 
 log = logging.getLogger(__name__)
+rounds_log = logging.getLogger(ROUNDS)
 
 _LARGEST_MEAN = 1e30
 """What is not below it, NaN too, is left out of means, which would overflow."""
@@ -80,6 +82,12 @@ class Accounts:
         self._job, self._coordinates, self._broadcast = job, coordinates, broadcast
         self._metrics, self._meter = metrics, meter
         self._warned: set[str] = set()
+        self._names = job.member_table
+        self._latencies: dict[int, float] = {}
+        """Seconds from the opening of the round, of each contribution to it."""
+        for name in self._names if self._named else ():  # so that each is 0 from the start
+            metrics.worker_contributions.labels(name)
+            metrics.worker_absences.labels(name)
         self.totals = Totals()
         self._recorded, self._recorded_payload = Traffic(), (0, 0)
         """Up to and with the last round that was recorded: wire bytes, and payload bytes up and down."""
@@ -114,11 +122,31 @@ class Accounts:
 
     def opened(self, plan: Plan) -> None:
         """A round is open."""
+        self._latencies.clear()
         if math.isnan(self.totals.began):
             self.totals.began = plan.opened_at
 
-    def arrived(self, announcement: Announcement) -> None:
-        """A contribution is here, whole."""
+    @property
+    def _named(self) -> bool:
+        """Whether each worker has series of its own."""
+        return len(self._names) <= LARGEST_NAMED
+
+    def seen(self, index: int) -> None:
+        """A worker has given a sign of life."""
+        if self._named:
+            self._metrics.worker_last_seen_timestamp_seconds.labels(self._names[index]).set_to_current_time()
+
+    def awaiting(self, indices: Collection[int]) -> None:
+        """Whom the open round waits for."""
+        if self._named:
+            for index, name in enumerate(self._names):
+                self._metrics.worker_awaited.labels(name).set(index in indices)
+
+    def arrived(self, announcement: Announcement, latency_seconds: float) -> None:
+        """A contribution is here, whole, so long after its round was opened."""
+        self._latencies[announcement.index] = latency_seconds
+        if self._named:
+            self._metrics.worker_latency_seconds.labels(self._names[announcement.index]).set(latency_seconds)
         self._metrics.contributions.inc()
         self._metrics.payload_bytes.labels(UP, self._job.codec).inc(announcement.content_bytes)
         self._metrics.values.labels(UP, self._job.codec).inc(self._coordinates)
@@ -203,10 +231,38 @@ class Accounts:
         totals.nested_failed_tiles += record.nested_failed_tiles
         return record
 
-    def show(self, record: RoundRecord) -> None:
-        """Bring the metrics up to a round that was applied now, and warn of what a person should change."""
+    def _log(self, record: RoundRecord, announcements: Sequence[Announcement]) -> None:
+        """One line for each worker of the round: what it brought, or why it is missing."""
+        for a in announcements:
+            rounds_log.info(
+                "contribution round=%d worker=%s role=%s bytes=%d samples=%d loss=%.6g nmse=%.4g compute_seconds=%.4f "
+                "encode_seconds=%.4f latency_seconds=%.4f",
+                record.round, self._names[a.index], a.role.value, a.content_bytes, a.samples, a.loss, a.nmse,
+                a.compute_seconds, a.encode_seconds, self._latencies.get(a.index, math.nan),
+            )  # fmt: skip
+        for index, reason in record.absent.items():
+            rounds_log.warning("absent round=%d worker=%s reason=%s", record.round, self._names[index], reason)
+        rounds_log.info(
+            "closed round=%d version=%d workers=%d loss=%.6g uplink_bytes=%d downlink_bytes=%d seconds=%.4f",
+            record.round, record.version, len(record.workers),
+            math.nan if record.train_loss is None else record.train_loss, record.uplink_bytes, record.downlink_bytes,
+            record.round_seconds,
+        )  # fmt: skip
+
+    def show(self, record: RoundRecord, announcements: Sequence[Announcement]) -> None:
+        """Bring metrics and log up to a round that was applied now, and warn of what a person should change."""
         metrics = self._metrics
+        self._log(record, announcements)
         metrics.rounds.labels("applied").inc()
+        metrics.round_closed_timestamp_seconds.set_to_current_time()
+        metrics.round_contributions.set(len(record.workers))
+        for reason in record.absent.values():
+            metrics.absences.labels(reason).inc()
+        if self._named:
+            for index in record.workers:
+                metrics.worker_contributions.labels(self._names[index]).inc()
+            for index in record.absent:
+                metrics.worker_absences.labels(self._names[index]).inc()
         metrics.round_bits.labels(UP).set(8 * record.uplink_bytes)
         metrics.round_bits.labels(DOWN).set(8 * record.downlink_bytes)
         metrics.round_duration_seconds.observe(record.round_seconds)

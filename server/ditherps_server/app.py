@@ -27,6 +27,7 @@ from ditherps.downlink import downlink_codec
 from ditherps.errors import OptionError, Reason, RunFailedError, UserError
 from ditherps.files import claimed
 from ditherps.kernels import robust
+from ditherps.lag import watch_lag
 from ditherps.metrics import ServerMetrics
 from ditherps.network import is_loopback
 from ditherps.security.credentials import Files, ServerFiles
@@ -46,9 +47,11 @@ from ditherps_server.records import Recorder, RunResult
 from ditherps_server.redo import NoLog, RedoLog
 from ditherps_server.replay import Restored, begin_log, replay
 from ditherps_server.rounds import Rules
+from ditherps_server.rpcs import RpcMeter
 from ditherps_server.rule import check_rule
 from ditherps_server.saving import REDO_FILE, Saver, resumed
 from ditherps_server.service import ParameterServerService
+from ditherps_server.tensorboard import Board
 from ditherps_server.updater import Updater
 
 log = logging.getLogger(__name__)
@@ -101,7 +104,8 @@ async def serve_in(
     if job.aggregation.robust or job.max_norm or job.max_norm_ratio:
         robust.warm()
 
-    recorder = Recorder(config.run_dir, listeners=[on_round] if on_round else [])
+    board = Board(config.tensorboard, model.version) if config.tensorboard else None
+    recorder = Recorder(config.run_dir, listeners=[listen for listen in (on_round, board and board.add) if listen])
     metrics, meter = ServerMetrics(ditherps.__version__), wire.WireMeter()
     metrics_port = metrics.serve(config.metrics_host, config.metrics_port) if config.metrics_port >= 0 else None
     accounts = Accounts(job, model.layout.coordinates, broadcast, metrics, meter, origin.totals, time.monotonic())
@@ -121,7 +125,7 @@ async def serve_in(
         meter, job.idle_timeout_seconds, lambda reason: metrics.refused_rpcs.labels(reason.value).inc()
     )
     server = grpc.aio.server(
-        options=wire.SERVER_OPTIONS, interceptors=[interceptor],
+        options=wire.SERVER_OPTIONS, interceptors=[RpcMeter(metrics), interceptor],
         maximum_concurrent_rpcs=rpcs_at_once(config.limits, job.workers),
     )  # fmt: skip
     # A worker that is busy must not look silent.
@@ -133,6 +137,10 @@ async def serve_in(
     if config.reflection:
         _add_reflection(server)
     port = _bind(server, config, files)
+    if config.health_socket is not None:
+        config.health_socket.unlink(missing_ok=True)
+        server.add_insecure_port(f"unix:{config.health_socket}")  # the gate lets nobody speak as a worker there
+    metrics.describe(job, broadcast.codec_spec, model.layout.coordinates)
     if files is not None:
         metrics.watch_certificates(files.files.expiry)
     nothing_lost = restored.log_bytes > 0 and config.durability == "round"
@@ -148,6 +156,7 @@ async def serve_in(
     log.info("listening on %s for %d workers; run folder %s", address, job.workers, config.run_dir)
 
     _heed_signals(coordinator, config.grace_seconds)
+    lag = asyncio.create_task(watch_lag(metrics.event_loop_lag_seconds.observe))
     try:
         reason = await coordinator.run()
         if reason is not Reason.FINISHED and not coordinator.failure:
@@ -157,6 +166,9 @@ async def serve_in(
             async with asyncio.timeout(DRAIN_SECONDS):
                 await coordinator.drained()
     finally:
+        lag.cancel()
+        if board is not None:
+            board.close()
         await health_servicer.enter_graceful_shutdown()
         await server.stop(1.0)
         redo.close()

@@ -44,7 +44,10 @@ def server(
     tls13: options.Tls13 = None,
     insecure: options.Insecure = None,
     reflection: options.Reflection = None,
+    health_socket: options.HealthSocket = None,
+    tensorboard: options.TensorBoard = None,
     json_: options.Json = False,
+    log_format: options.LogFormat = None,
     verbose: options.Verbose = False,
 ) -> None:
     """Serve one job: wait for its workers, train, and leave the model in the run folder."""
@@ -52,9 +55,9 @@ def server(
 
     if tls13:
         only_tls13()
-    from ditherps.cli import log_to_stderr
     from ditherps.config import ServerConfig, merged, validated
     from ditherps.job import resolve_job
+    from ditherps.logs import log_to_stderr
 
     asked = options.job_flags(task, model, workers, rounds, codec, codec_option, downlink_codec, mode, seed, set_)
     job = resolve_job(asked, config)
@@ -63,11 +66,12 @@ def server(
         "metrics_port": metrics_port, "init": init, "resume": resume, "checkpoint_every": checkpoint_every,
         "durability": durability, "on_empty": on_empty, "grace_seconds": grace_seconds,
         "certs": certs, "token_file": token_file, "insecure": insecure, "reflection": reflection,
+        "health_socket": health_socket, "log_format": log_format, "tensorboard": tensorboard,
     }  # fmt: skip
     defaults = {"run_dir": options.default_run_dir(job.config.task, job.config.codec)}
     flags = {key: value for key, value in given.items() if value is not None}
     settings = validated(ServerConfig, merged(defaults, job.server, flags))
-    log_to_stderr(verbose=verbose)
+    log_to_stderr(verbose=verbose, form=settings.log_format)
 
     from ditherps_server.run import run_server
 

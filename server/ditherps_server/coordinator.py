@@ -135,7 +135,7 @@ class Coordinator:
             return index
         else:
             self._handle(rounds.Seen(index))
-        self._metrics.worker_last_seen_timestamp_seconds.labels(member.name).set_to_current_time()
+        self.accounts.seen(index)
         return index
 
     def leave(self, index: int, reason: Reason) -> None:
@@ -213,7 +213,8 @@ class Coordinator:
         self._check_open(contribution)
         if not self._staging.commit(contribution):
             return False
-        self.accounts.arrived(announcement)
+        opened_at = self._state.plan.opened_at if self._state.plan else self._clock()
+        self.accounts.arrived(announcement, self._clock() - opened_at)
         self._handle(rounds.Delivered(announcement.index))
         return True
 
@@ -369,6 +370,7 @@ class Coordinator:
         self._metrics.round_workers.labels("invited").set(invited)
         self._metrics.round_workers.labels("delivered").set(len(state.delivered))
         self._metrics.round_workers.labels("absent").set(len(self.members.names) - len(state.present))
+        self.accounts.awaiting({index for index in state.members if self._state_of(index) == "computing"})
         self._metrics.history_bytes.set(self.broadcast.history.nbytes)
         self.accounts.export()
 
@@ -466,7 +468,7 @@ class Coordinator:
             self._moving = False
         announcements = [contribution.announcement for contribution in contributions]
         record = self.accounts.applied(action, announcements, report, evaluation, self.model, self._clock())
-        self.accounts.show(record)
+        self.accounts.show(record, announcements)
         self._recorder.add(record)
         entered = Entered(plan.round, plan.attempt, record.version, len(action.members))
         self._entered.update(dict.fromkeys(action.members, entered))

@@ -9,10 +9,11 @@ from typing import Any
 
 from ditherps.config import JobConfig, ServerConfig
 from ditherps.errors import Reason
+from ditherps.logs import logs_json
 from ditherps.memory import keep_freed_memory
 from ditherps.summary import print_summary
 from ditherps.tasks import Task
-from ditherps.view import view
+from ditherps.view import SilentView, view
 from ditherps_server.app import serve
 
 
@@ -22,7 +23,7 @@ def run_server(job: JobConfig, config: ServerConfig, task: Task) -> dict[str, An
 
     keep_freed_memory()
     (config.run_dir / "result.json").unlink(missing_ok=True)  # of an earlier run in this folder
-    shown = view(job)
+    shown = SilentView() if logs_json() else view(job)
     try:
         with shown:
             result = uvloop.run(serve(job, config, task, shown.show))

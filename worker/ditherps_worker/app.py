@@ -19,8 +19,10 @@ from ditherps import wire
 from ditherps.config import JobConfig, WorkerConfig
 from ditherps.errors import ExitCode, OptionError, Reason, RefusedError, UnreachableError
 from ditherps.files import claimed
+from ditherps.lag import watch_lag
 from ditherps.memory import keep_freed_memory
 from ditherps.metrics import DOWN, UP, WorkerMetrics
+from ditherps.security.credentials import Files
 from ditherps.signals import on_first_signal
 from ditherps.tasks import load_task, task_names
 from ditherps_worker.client import Client
@@ -38,18 +40,21 @@ def run_worker(config: WorkerConfig) -> ExitCode:
     keep_freed_memory()
     if config.task:
         load_task(config.task)
-    device = pick_device(config.device)
+    pick_device(config.device)
     if config.server.startswith("@"):
         address = announced(Path(config.server[1:]), config.connect_timeout_seconds)
         config = config.model_copy(update={"server": address})
     with claimed(config.state_dir) if config.state_dir else contextlib.nullcontext():
-        return uvloop.run(_work(config, device))
+        return uvloop.run(_work(config))
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto`: the first GPU if there is one, else the CPU; raises `OptionError` for a GPU that is not there."""
+def pick_device(name: str, index: int = 0) -> torch.device:
+    """`auto`: one of this machine's GPUs, by the worker's index, or the CPU where there is none.
+
+    Raises `OptionError` for a GPU that is not there.
+    """
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        return torch.device(f"cuda:{index % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError("--device", name, f"auto, cpu; this machine has {torch.cuda.device_count()} GPUs")
@@ -66,7 +71,7 @@ def announced(path: Path, limit_seconds: float) -> str:
     return str(json.loads(path.read_text())["address"])
 
 
-async def _work(config: WorkerConfig, device: torch.device) -> ExitCode:
+async def _work(config: WorkerConfig) -> ExitCode:
     check_plaintext(config)
     meter, metrics = wire.WireMeter(), WorkerMetrics(ditherps.__version__)
     if config.metrics_port >= 0:
@@ -78,11 +83,19 @@ async def _work(config: WorkerConfig, device: torch.device) -> ExitCode:
         if not config.task and job.task not in task_names():
             raise RefusedError(Reason.TASK_MISMATCH, f"the job's task is {job.task!r}: name it here too, with --task")
         make_deterministic(job.compute_threads)
+        device = pick_device(config.device, index)
+        if device.type == "cuda":
+            metrics.watch_gpu(lambda: torch.cuda.memory_allocated(device), lambda: torch.cuda.memory_reserved(device))
         return Computer(job, index, load_task(config.task or job.task), config.data_dir, device)
 
     client = Client(config, meter)
+    if config.certs is not None:
+        metrics.watch_certificates(Files(config.certs).expiry)
     job = asyncio.ensure_future(Loop(config, client, make_computer, metrics).run())
-    exporter = asyncio.ensure_future(_export(meter, metrics))
+    background = [
+        asyncio.ensure_future(_export(meter, metrics)),
+        asyncio.ensure_future(watch_lag(metrics.event_loop_lag_seconds.observe)),
+    ]
     ended_by: list[signal.Signals] = []
     _cancel_on_signals(job, ended_by)
     try:
@@ -96,7 +109,8 @@ async def _work(config: WorkerConfig, device: torch.device) -> ExitCode:
         log.info("interrupted")
         return ExitCode.INTERRUPTED
     finally:
-        exporter.cancel()
+        for task in background:
+            task.cancel()
         await client.close()
 
 

@@ -31,6 +31,7 @@ def worker(
     token: options.Token = None,
     tls13: options.Tls13 = None,
     insecure: options.Insecure = None,
+    log_format: options.LogFormat = None,
     verbose: options.Verbose = False,
 ) -> None:
     """Take part in a job: pull the model, compute on local data, push quantized updates."""
@@ -38,18 +39,18 @@ def worker(
 
     if tls13:
         only_tls13()
-    from ditherps.cli import log_to_stderr
     from ditherps.config import WorkerConfig, merged, read_job_file, validated
+    from ditherps.logs import log_to_stderr
 
     file = read_job_file(config) if config is not None else {}
     given: dict[str, Any] = {
         "server": server, "name": name, "task": task if task is not None else file.get("task"), "device": device,
-        "data_dir": data_dir, "state_dir": state_dir, "metrics_host": metrics_host,
-        "metrics_port": metrics_port, "certs": certs, "token": token, "insecure": insecure,
+        "data_dir": data_dir, "state_dir": state_dir, "metrics_host": metrics_host, "metrics_port": metrics_port,
+        "certs": certs, "token": token, "insecure": insecure, "log_format": log_format,
     }  # fmt: skip
     flags = {key: value for key, value in given.items() if value is not None}
     settings = validated(WorkerConfig, merged(file.get("worker", {}), flags))
-    log_to_stderr(verbose=verbose)
+    log_to_stderr(verbose=verbose, form=settings.log_format)
 
     from ditherps_worker.app import run_worker
 

@@ -25,7 +25,7 @@ from ditherps.layout import FlatModel
 from ditherps.tasks import Task
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
-from ditherps_worker.client import Client, PushStats
+from ditherps_worker.client import CALL_SECONDS, Client, PushStats
 from ditherps_worker.held import HeldModel
 
 VECTOR_SEED = 5
@@ -76,7 +76,7 @@ class LightWorker:
 
     async def join(self) -> None:
         """Become a member; raises what `Client.join` does."""
-        self.joined = await self._client.join(b"")
+        self.joined = await self._client.join(b"", CALL_SECONDS)
 
     async def work(self, shared: SharedModel) -> types_pb2.JobResult:
         """Take part in every round until the server says the end; the stream stays open for `leave`."""

@@ -217,6 +217,7 @@ class Loop:
             self._feedback = ErrorFeedback(self._codec, layout.coordinates)
             await asyncio.to_thread(self._kept.restore, self._feedback, joined.fence.job_id)
         self._job_id, self._index, self._epoch = joined.fence.job_id, joined.index, joined.fence.server_epoch
+        self._metrics.joined(job.member_table[joined.index])
         log.info("joined job %s as worker %d of %d", self._job_id, joined.index, job.workers)
 
     async def _watch(self, state: State) -> None:
@@ -365,7 +366,11 @@ class Loop:
             self._keep(self._feedback)
         encode_seconds = time.perf_counter() - began
         energy = float(torch.dot(vector, vector))
-        nmse = codec.expected_squared_error(encoded) / energy if energy > 0 else math.nan
+        error = codec.expected_squared_error(encoded)
+        nmse = error / energy if energy > 0 else math.nan
+        self._metrics.update_norm.set(math.sqrt(energy))
+        self._metrics.update_nmse.set(nmse)
+        self._metrics.update_step.set(math.sqrt(12 * error / vector.numel()))  # a uniform error's variance: step^2 / 12
         self._metrics.compute_seconds.observe(update.seconds)
         self._metrics.encode_seconds.observe(encode_seconds)
         self._metrics.train_loss.set(update.loss)

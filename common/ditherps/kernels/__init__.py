@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numba
+from llvmlite.binding import get_host_cpu_name
 
 if TYPE_CHECKING:
     from ditherps.codecs import Codec
 
 _FOLDER = Path(__file__).parent
-_CACHE = _FOLDER / "__pycache__"  # numba's, so that what is noted there goes when the cache does
+# Numba's (NUMBA_CACHE_DIR, else beside the kernels), so that what is noted there goes when the cache does.
+_CACHE = Path(os.environ.get("NUMBA_CACHE_DIR") or _FOLDER / "__pycache__")
 
 
 def warm(codec: Codec) -> None:
@@ -20,9 +23,10 @@ def warm(codec: Codec) -> None:
 
     Of the processes of this machine one compiles at a time; the others wait, and then find its work in the cache.
     """
-    key = f"{numba.__version__} {max(path.stat().st_mtime_ns for path in _FOLDER.glob('*.py'))} {codec!r}\n"
+    newest = max(path.stat().st_mtime_ns for path in _FOLDER.glob("*.py"))
+    key = f"{numba.__version__} {get_host_cpu_name()} {newest} {codec!r}\n"
     try:
-        _CACHE.mkdir(exist_ok=True)
+        _CACHE.mkdir(parents=True, exist_ok=True)
         with (_CACHE / "warm").open("a+") as done:
             done.seek(0)
             if key not in done.readlines():

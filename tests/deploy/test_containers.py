@@ -1,0 +1,160 @@
+"""The cluster in containers: a job trains over mutual TLS while a worker is replaced and the server is restarted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.engine import BASE, PROMETHEUS, TAG, Engine, build_images, compose_command, make_base, why_not
+from tests.deploy.metrics_table import DEPLOY
+from tests.deploy.test_prometheus import free_port
+from tests.service.harness import wait_until
+
+pytestmark = [pytest.mark.deploy, pytest.mark.slow, pytest.mark.timeout(3000)]  # both images are built from nothing
+
+ROUNDS, WORKERS = 1200, 3
+JOB = f"""
+task = "digits"
+codec = "dqsg"
+rounds = {ROUNDS}
+members = ["pool/*"]
+quorum = 0.6
+round_deadline_seconds = 120
+idle_timeout_seconds = 10
+join_timeout_seconds = 300
+"""
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """An engine with both images, and stand-ins for those that would be pulled."""
+    if reason := why_not():
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="dps"))  # short: a socket lies in it
+    engine = Engine(folder)
+    try:
+        engine.wait()
+        make_base(engine, folder)
+        build_images(engine, folder, DEPLOY.parent)
+        yield engine
+    finally:
+        engine.close()
+
+
+class Project:
+    """A copy of deploy/ with a job and settings of the test's own."""
+
+    def __init__(self, engine: Engine, folder: Path) -> None:
+        self._engine, self.folder = engine, folder
+        shutil.copytree(DEPLOY, folder, ignore=shutil.ignore_patterns("certs", ".env", "pictures"))
+        (folder / "test.toml").write_text(JOB)
+        self.prometheus_port = free_port()
+        settings = {
+            "GRAFANA_PASSWORD": "unused", "WORKERS": WORKERS, "JOB_FILE": "./test.toml", "TAG": TAG, "BASE": BASE,
+            "SERVER_PORT": free_port(), "PROMETHEUS_IMAGE": PROMETHEUS, "PROMETHEUS_PORT": self.prometheus_port,
+        }  # fmt: skip
+        (folder / ".env").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
+
+    def compose(self, *arguments: str, check: bool = True) -> str:
+        """What `docker compose ARGUMENTS` prints."""
+        command = compose_command()
+        assert command is not None
+        return self._engine.run([*command, *arguments], cwd=self.folder, check=check).stdout
+
+    def containers(self, service: str) -> list[str]:
+        """The running containers of a service."""
+        return self.compose("ps", "-q", service).split()
+
+    def query(self, expression: str) -> dict[str, float]:
+        """An instant query, by the value of its `worker` or `job` label; empty while Prometheus is not there."""
+        url = f"http://127.0.0.1:{self.prometheus_port}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+        try:
+            with urllib.request.urlopen(url, timeout=10) as response:
+                found = json.load(response)["data"]["result"]
+        except OSError:
+            return {}
+        return {s["metric"].get("worker") or s["metric"].get("job", ""): float(s["value"][1]) for s in found}
+
+    def round(self) -> int:
+        """The round that is open, as Prometheus has it."""
+        return int(self.query('ditherps_round{job="ditherps-server"}').get("ditherps-server", 0))
+
+
+def test_a_cluster_trains_while_it_is_taken_apart(engine: Engine, tmp_path: Path) -> None:
+    project = Project(engine, tmp_path / "deploy")
+    compose = project.compose
+    compose("run", "--rm", "certs")
+    compose("up", "-d", "--no-build", "--scale", f"worker={WORKERS}", "server", "worker", "prometheus")
+
+    wait_until(lambda: project.round() > 30, 400, "30 rounds")
+    assert project.query("count by (job) (up == 1)") == {"ditherps-server": 1, "ditherps-worker": WORKERS}
+    (server,) = project.containers("server")
+    assert engine.docker("exec", server, "id", "-u").stdout.strip() == "10001"
+    assert engine.docker("exec", server, "sh", "-c", "command -v gcc cc pip", check=False).stdout == ""
+
+    # Over mutual TLS: a worker's certificate gets in, nobody else does.
+    first = project.containers("worker")[0]
+    status = engine.docker("exec", first, "ditherps", "status", "server:50051", "--certs", "/run/secrets", "--json")
+    members = {member["worker"] for member in json.loads(status.stdout)["members"]}
+    assert members == {f"pool/{index}" for index in range(WORKERS)}
+    assert engine.docker("exec", first, "ditherps", "status", "server:50051", check=False).returncode == 7
+
+    # One worker dies, and another takes its place.
+    engine.docker("rm", "--force", first)
+    wait_until(lambda: max(project.query("ditherps_worker_absences_total").values(), default=0), 100, "an absence")
+    compose("up", "-d", "--no-build", "--no-recreate", "--scale", f"worker={WORKERS}", "server", "worker", "prometheus")
+    wait_until(
+        lambda: sum(project.query('ditherps_round_workers{state="present"}').values()) == WORKERS, 200, "a replacement"
+    )
+    assert first not in project.containers("worker")
+    replaced = project.round()
+    assert replaced < ROUNDS - 100, "the run was too short to see it"
+
+    # The server is restarted, and goes on.
+    before = project.round()
+    compose("restart", "server")
+    wait_until(lambda: project.round() > before + 20, 400, "rounds after the restart")
+    log = [json.loads(line) for line in engine.docker("logs", server).stderr.splitlines() if line.startswith("{")]
+    (resumed,) = [line for line in log if line["message"].startswith("resumed")]
+    assert resumed["version"] >= before - 60
+
+    wait_until(lambda: engine.inspect(server)["State"]["Status"] == "exited", 600, "the end of the job")  # type: ignore[index]
+    assert engine.inspect(server)["State"]["ExitCode"] == 0  # type: ignore[index]
+    engine.docker("cp", f"{server}:/var/lib/ditherps/run", tmp_path / "run")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["reason"] == "finished"
+    assert result["rounds"] == ROUNDS
+    assert result["test_accuracy"] >= 0.95
+    records = [json.loads(line) for line in (tmp_path / "run/rounds.jsonl").read_text().splitlines()]
+    assert [record["version"] for record in records] == list(range(1, ROUNDS + 1))
+    print({key: result[key] for key in ("test_accuracy", "seconds", "total_compression_vs_float32")})
+
+    compose("down", "--volumes", "--remove-orphans")
+    assert engine.docker("ps", "--all", "--quiet").stdout == ""
+    assert engine.docker("volume", "ls", "--quiet").stdout == ""
+    assert set(engine.docker("network", "ls", "--format", "{{.Name}}").stdout.split()) <= {"bridge", "host", "none"}
+
+
+def test_images_are_small_and_start_warm(engine: Engine) -> None:
+    for target in ("server", "worker"):
+        image = engine.inspect(f"ditherps-{target}:{TAG}")
+        assert int(str(image["Size"])) < 1.8e9  # with CUDA's libraries it would be above five
+        assert image["Config"]["User"] == "10001:10001"  # type: ignore[index]
+        assert image["Config"]["Healthcheck"]  # type: ignore[index]
+    compiled = (
+        "import sys; sys.argv = ['', 'dqsg']; import numba, runpy; from numba.core import event; "
+        "from contextlib import ExitStack; stack = ExitStack(); "
+        "seen = stack.enter_context(event.install_recorder('numba:compile')); "
+        "runpy.run_module('ditherps.kernels'); print(len(seen.buffer))"
+    )
+    ran = engine.docker(
+        "run", "--rm", "--network", "none", "--entrypoint", "python", f"ditherps-worker:{TAG}", "-c", compiled
+    )
+    assert int(ran.stdout.split()[-1]) == 0, ran.stdout  # nothing was compiled: all came from the image
