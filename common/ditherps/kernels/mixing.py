@@ -4,8 +4,8 @@ Each of several contexts keeps a counter of the bits that it has seen. Their pro
 ln(p / (1 - p)), are added with weights that move along the gradient of the code length (Mahoney, "Adaptive weighing of
 context models for lossless data compression", 2005). All of it is in integers, so that both ends learn the same.
 
-Probabilities are of a one, in 2^-16; stretched they are in 2^-8. The tables come from `decimal`, which rounds logarithms
-and exponentials correctly, and so equally on every machine.
+Probabilities are of a one, in 2^-16; stretched they are in 2^-8. The tables come from `decimal`, which rounds
+logarithms and exponentials correctly, and so equally on every machine.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ MOST_SEEN: Final = 255
 
 
 @inlined
-def squash(x: Int, table: NDArray[np.int64]) -> Int:
+def squash(x: Int) -> Int:
     """The probability whose stretched value is x."""
-    return table[min(max(x, -REACH), REACH) + REACH]
+    return np.int64(SQUASH[min(max(x, -REACH), REACH) + REACH])
 
 
 @inlined
-def stretch(p: Int, table: NDArray[np.int64]) -> Int:
+def stretch(p: Int) -> Int:
     """The stretched value of a probability."""
-    return table[p >> 4]
+    return np.int64(STRETCH[p >> 4])

@@ -1,8 +1,8 @@
 """Levels of a data sample: quantization, one level from another, and reconstruction, in integers.
 
-A feature is an integer x = 0 .. span - 1. With L = 2 lane + 1, t = x / span + u + 1/2 = x / span + L / 2^17, and the cell of
-level l is q = floor(2^l t), of width step = span / 2^l. What is kept and sent is the index s = q - floor(2^l (u + 1/2)): the
-number of cells above that of zero, which is 0 for x = 0 whatever the dither is, and fits in the bits of x.
+A feature is an integer x = 0 .. span - 1. With L = 2 lane + 1, t = x / span + u + 1/2 = x / span + L / 2^17, and the
+cell of level l is q = floor(2^l t), of width step = span / 2^l. What is kept is the index s = q - floor(2^l (u + 1/2)):
+the number of cells above that of zero, which is 0 for x = 0 whatever the dither is, and fits in the bits of x.
 
     s = floor(x / step + v),  v = 2^l (u + 1/2) mod 1 the dither that is left at level l
 """
@@ -60,7 +60,7 @@ def reconstruct(
     scale: NDArray[np.float64],
     values: NDArray[np.float32],
 ) -> None:
-    """`values[i]` = low + scale * the middle of the cell, of the channel of i; where `exact`, the only integer in the cell."""
+    """`values[i]` = low + scale * the middle of i's cell; where `exact`, scale times the only integer in it."""
     per_channel = indices.size // low.size
     for channel in range(low.size):
         for i in range(channel * per_channel, (channel + 1) * per_channel):

@@ -72,7 +72,8 @@ class SampleCodec:
         self.classes = classes
         self._seed = seed
         self._sender = sender
-        declared = (features.shape, features.low, features.high, features.integer, classes, seed, sender)
+        low, high = (tuple(map(float, side)) for side in (features.low, features.high))
+        declared = (features.shape, low, high, features.integer, classes, seed, sender)
         self._declared = zlib.crc32(repr(declared).encode())
 
     @property
@@ -101,15 +102,7 @@ class SampleCodec:
             UserError: the features are not what the task declares.
         """
         integers = self.features.integers(features)
-        indices = np.empty(integers.shape, np.uint16)
-        quantize(
-            integers.reshape(-1),
-            self.lanes(ids).reshape(-1),
-            self.checked_level(level),
-            self.features.span,
-            indices.reshape(-1),
-        )
-        return indices
+        return self._at(integers, ids, np.full(len(ids), self.checked_level(level)))
 
     def coarser(self, ids: Ids, indices: Indices, finer: NDArray[np.int64], level: int) -> Indices:
         """Indices at `level` of samples that are held at levels that are as fine or `finer`, (n,)."""
@@ -157,15 +150,13 @@ class SampleCodec:
         digits = int((level - held).sum()) * self.features.count + len(ids) * self.classes.bit_length()
         places = np.empty(digits, np.uint16)
         none = Decoder(np.empty(0, np.uint16), np.empty(1, np.uint64), np.zeros(1, np.int64))
-        written = self._code(integers, ids, names, held, level, none, np.empty(integers.shape, np.uint16), places)
+        written = self._code(integers, ids, names, held, level, none, self._at(integers, ids, held), places)
         words = np.empty(written + 1, np.uint16)
         states = np.full(1, LOWEST, np.uint64)
         top = put_symbols(places, written, *symbol_entries(), states, words, words.size)
         body = words[top:].astype("<u2").tobytes()
         known = self._known(ids, held)
-        header = Header(
-            _FORMAT, level, self.classes - 1, len(ids), self.features.count, known, int(states[0]), 0
-        )
+        header = Header(_FORMAT, level, self.classes - 1, len(ids), self.features.count, known, int(states[0]), 0)
         return _sealed(_HEADER.pack(*header)[:_CHECK_AT], body)
 
     def decode(
@@ -207,7 +198,9 @@ class SampleCodec:
         self.checked_level(level)
         held = np.ascontiguousarray(held, np.int64)
         if held.shape != ids.shape or (held.size and not NOTHING <= held.min() <= held.max() < level):
-            raise OptionError("held", held.tolist(), f"a level from {NOTHING} to {level - 1} for each of {len(ids)} ids")
+            raise OptionError(
+                "held", held.tolist(), f"a level from {NOTHING} to {level - 1} for each of {len(ids)} ids"
+            )
         return held
 
     def _checked_header(self, data: memoryview, samples: int, level: int) -> Header:
@@ -230,6 +223,14 @@ class SampleCodec:
         if not LOWEST <= header.state < LOWEST << 16 or len(data) > self.max_nbytes(samples, level):
             raise PayloadError("the samples have an impossible state or size")
         return header
+
+    def _at(self, integers: NDArray[np.int32], ids: Ids, levels: NDArray[np.int64]) -> Indices:
+        """Indices at the level of each sample; zeros where that is `NOTHING`."""
+        indices = np.zeros(integers.shape, np.uint16)
+        for x, lane, level, row in zip(integers, self.lanes(ids), levels.tolist(), indices, strict=True):
+            if level >= 0:
+                quantize(x, lane, level, self.features.span, row)
+        return indices
 
     def _known(self, ids: Ids, held: NDArray[np.int64]) -> int:
         """32 bits of what both ends must agree on beside the payload."""

@@ -104,7 +104,7 @@ class Task(ABC):
         name: how it is known in messages and logs; both ends must agree on it.
         classes: number of classes, labels are 0 to classes - 1.
         models: its models by name; the first is the default.
-        features: shape and range of its stored features, which mode `data` needs; None: it cannot be trained in that mode.
+        features: shape and range of its stored features, which mode `data` needs; None: there is no such mode for it.
     """
 
     name: str

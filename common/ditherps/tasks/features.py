@@ -82,7 +82,8 @@ class Features:
         """
         if tuple(features.shape[1:]) != self.shape:
             raise UserError(f"features have shape {tuple(features.shape[1:])}, but the task declares {self.shape}")
-        values = features.detach().cpu().to(torch.float64).numpy().reshape(len(features), len(self.low), -1)
+        values = features.detach().cpu().to(torch.float64).numpy()
+        values = values.reshape(len(features), len(self.low), self.count // len(self.low))
         low, high = (np.array(side, np.float64)[:, None] for side in (self.low, self.high))
         outside = ~((values >= low) & (values <= high))  # also where they are NaN
         if outside.any():
