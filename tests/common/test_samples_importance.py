@@ -16,6 +16,7 @@ from ditherps.samples.importance import FLOOR, UNITS, Selection, probabilities, 
 from ditherps.tasks import Samples, load_task
 
 BATCH = 24
+TOSSES = 1000
 
 
 def coins(round_: int, worker: int = 0) -> Address:
@@ -36,6 +37,16 @@ def half_trained() -> tuple[FlatModel, Samples]:
     return model, Samples(samples.features[1300 : 1300 + BATCH], samples.labels[1300 : 1300 + BATCH])
 
 
+def sample_gradients(model: FlatModel, batch: Samples) -> torch.Tensor:
+    """That of each sample alone: (BATCH, coordinates)."""
+    found = []
+    for row in range(BATCH):
+        part = slice(row, row + 1)
+        backward(load_task("digits"), "mlp", model, batch.features[part], batch.labels[part], None)
+        found.append(model.gradient.double())
+    return torch.stack(found)
+
+
 def weighted(model: FlatModel, batch: Samples, selection: Selection) -> torch.Tensor:
     kept = torch.from_numpy(selection.kept)
     weights = torch.from_numpy(selection.weights).float()
@@ -43,26 +54,36 @@ def weighted(model: FlatModel, batch: Samples, selection: Selection) -> torch.Te
     return model.gradient.clone()
 
 
+def test_a_weighted_gradient_is_the_sum_of_those_of_the_samples(half_trained: tuple[FlatModel, Samples]) -> None:
+    model, batch = half_trained
+    each = sample_gradients(model, batch)
+    for round_ in range(5):
+        selection = Selection.toss(np.full(BATCH, 100), coins(round_))
+        expected = torch.from_numpy(selection.weights) @ each[torch.from_numpy(selection.kept)]
+        torch.testing.assert_close(weighted(model, batch, selection).double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_the_gradient_is_unbiased_and_varies_no_more_than_with_uniform_chances(
     half_trained: tuple[FlatModel, Samples],
 ) -> None:
     model, batch = half_trained
-    backward(load_task("digits"), "mlp", model, batch.features, batch.labels, None)
-    true = model.gradient.clone()
+    each = sample_gradients(model, batch)
+    true = each.mean(0)
     chances = probabilities(scores(load_task("digits"), "mlp", model, batch.features, batch.labels, None), 0.5)
-    uniform = np.full(BATCH, UNITS // 2)
+    generator = torch.Generator().manual_seed(1)
+    directions = torch.cat([true[None], torch.randn(16, len(true), generator=generator, dtype=torch.float64)])
     errors = {}
-    for name, used in (("gate", chances), ("uniform", uniform)):
-        found = torch.stack([weighted(model, batch, Selection.toss(used, coins(round_))) for round_ in range(600)])
+    for name, used in (("gate", chances), ("uniform", np.full(BATCH, UNITS // 2))):
+        shares = torch.zeros(TOSSES, BATCH, dtype=torch.float64)
+        for round_, share in enumerate(shares):
+            selection = Selection.toss(used, coins(round_))
+            share[torch.from_numpy(selection.kept)] = torch.from_numpy(selection.weights)
+        found = shares @ each
         # Along the gradient itself and sixteen random directions the mean is within four standard errors.
-        generator = torch.Generator().manual_seed(1)
-        directions = torch.cat([true[None], torch.randn(16, len(true), generator=generator)])
-        along = (found - true).double() @ directions.T.double()
-        standard_errors = along.std(0) / 600**0.5
-        assert (along.mean(0).abs() < 4 * standard_errors).all()
-        errors[name] = float(((found - true).double() ** 2).sum(1).mean())
-    assert errors["gate"] < errors["uniform"]
-    assert errors["gate"] < 0.5 * errors["uniform"]  # far less, here
+        along = (found - true) @ directions.T
+        assert (along.mean(0).abs() < 4 * along.std(0) / TOSSES**0.5).all()
+        errors[name] = float(((found - true) ** 2).sum(1).mean())
+    assert errors["gate"] < 0.7 * errors["uniform"]
 
 
 def test_the_scores_are_those_of_the_last_layer(half_trained: tuple[FlatModel, Samples]) -> None:

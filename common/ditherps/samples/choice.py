@@ -55,7 +55,7 @@ class Choice:
 
 
 def nominal_bits(codec: Codec, coordinates: int) -> float:
-    """Bits a coordinate that the codec takes for a Gaussian vector; gradients mostly take fewer where they are coded."""
+    """Bits a coordinate that the codec takes for a Gaussian vector; coded gradients mostly take fewer."""
     vector = torch.randn(coordinates, generator=torch.Generator().manual_seed(0))
     return codec.encode(vector, Address(0, 0, 0, Domain.UPDATE)).bits_per_coordinate
 
@@ -63,8 +63,8 @@ def nominal_bits(codec: Codec, coordinates: int) -> float:
 def most_sample_bits(features: Features, level: int) -> float:
     """Bits a feature at a level for values that are spread evenly over their range: others take fewer.
 
-    With a known dither the two cells at the ends of the range are cut off, which over all dithers is 1 / (2 ln 2) of a
-    bit at level 0, and half as much at each further one. Integers take no more than their own bits.
+    With a known dither the two cells at the ends of the range are cut off, which over all dithers is 1 / (2 ln 2) of
+    a bit at level 0, and half as much at each further one. Integers take no more than their own bits.
     """
     return min(level + 2.0**-level / (2 * math.log(2)), math.log2(features.span))
 

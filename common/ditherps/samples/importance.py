@@ -28,8 +28,6 @@ UNITS: Final = 256  # a probability is a whole number of 1/256
 FLOOR: Final = 16
 """The smallest probability, in 256ths: no sample ever counts for more than sixteen."""
 
-_HALVINGS: Final = 60
-
 
 def scores(
     task: Task, name: str | None, model: FlatModel, features: torch.Tensor, labels: torch.Tensor, keys: Keys | None
@@ -74,15 +72,11 @@ def probabilities(scores_: NDArray[np.float64], keep: float) -> NDArray[np.int64
     positive = scores_[scores_ > 0]
     if positive.size == 0:
         return np.full(len(scores_), round(keep * UNITS), np.int64)
-    # The expected number grows with c: from all at the floor to all that have a score at 1.
-    lo, hi = 0.0, 1.0 / float(positive.min())
-    for _ in range(_HALVINGS):
-        c = (lo + hi) / 2
-        if np.clip(c * scores_, floor, 1).mean() < keep:
-            lo = c
-        else:
-            hi = c
-    return np.rint(np.clip(hi * scores_, floor, 1) * UNITS).astype(np.int64)
+    # The expected number grows with c, in straight lines between where a sample leaves the floor or reaches 1.
+    bends = np.sort(np.concatenate([floor / positive, 1 / positive]))
+    expected = np.clip(bends[:, None] * scores_, floor, 1).mean(1)
+    c = np.interp(keep, expected, bends)
+    return np.rint(np.clip(c * scores_, floor, 1) * UNITS).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
