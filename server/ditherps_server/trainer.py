@@ -15,7 +15,7 @@ from ditherps_server.model import ServerModel
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """Of one worker's batch: `gradient` (float32, flat, on the CPU, overwritten by the next), buffers after it, loss."""
+    """Of one worker's batch: `gradient` (float32, flat, CPU, overwritten by the next), buffers after it, and loss."""
 
     gradient: Tensor
     buffers: bytes
@@ -52,7 +52,7 @@ class Trainer:
         keys: Keys | None,
         weights: Tensor | None = None,
     ) -> Computed:
-        """The gradient at one batch; arguments as `ditherps.gradient.backward`. Which batches come before is no matter."""
+        """The gradient at one batch, whichever came before; arguments as `ditherps.gradient.backward`."""
         self._model.load_buffers(self._buffers)
         self._model.module.train()
         seed_torch(self._seed, round_, worker)

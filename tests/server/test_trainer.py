@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from ditherps.config import JobConfig
 from ditherps.gradient import make_deterministic
 from ditherps.samples.codec import NOTHING, SampleCodec
-from ditherps.sampling import Walk, augmentation_keys, split
+from ditherps.sampling import Ids, Walk, augmentation_keys, split
 from ditherps.tasks import Task, load_task
 from ditherps_server.cache import SampleCache
 from ditherps_server.model import ServerModel
@@ -25,7 +24,7 @@ def job(task: Task, model: str) -> JobConfig:
     return JobConfig(task=task.name, workers=2, model=model, batch_size=8, seed=21)
 
 
-def batch(task: Task, settings: JobConfig, worker: int, round_: int) -> tuple[np.ndarray, np.ndarray]:
+def batch(task: Task, settings: JobConfig, worker: int, round_: int) -> tuple[Ids, Ids]:
     """Ids and epochs of a round's samples."""
     shards = split(task.load(None, train=True), settings.workers, settings.seed)
     walk = Walk(shards[worker], settings.seed, worker)

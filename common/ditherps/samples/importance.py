@@ -76,7 +76,8 @@ def probabilities(scores_: NDArray[np.float64], keep: float) -> NDArray[np.int64
     bends = np.sort(np.concatenate([floor / positive, 1 / positive]))
     expected = np.clip(bends[:, None] * scores_, floor, 1).mean(1)
     c = np.interp(keep, expected, bends)
-    return np.rint(np.clip(c * scores_, floor, 1) * UNITS).astype(np.int64)
+    chances: NDArray[np.int64] = np.rint(np.clip(c * scores_, floor, 1) * UNITS).astype(np.int64)
+    return chances
 
 
 @dataclass(frozen=True, eq=False)
