@@ -210,7 +210,7 @@ def guess(lo: Int, middle: Int, hi: Int, mean: Int, deviation: Int, bottom: bool
 @inlined
 def grade(difference: Int) -> Int:
     """A signed difference in nine grades."""
-    size: Int = abs(difference)
+    size = max(difference, -difference)
     steps = np.int64(size >= 24) + np.int64(size >= 96) + np.int64(size >= 320) + np.int64(size >= 1000)
     return np.int64(4 + steps if difference >= 0 else 3 - min(steps, np.int64(3)))
 

@@ -34,21 +34,22 @@ def pack(shard: Ids) -> bytes:
     """Ascending ids as the gaps between them, Rice-coded: about as many bits as there are choices.
 
     u32 ids, u8 parameter r, u32 bits of the first part; then, each in whole bytes and lowest bit first, gap >> r as
-    zeros and a one for every id, and the r low bits of every gap. The gap of an id is its distance to the one before (-1 for
-    the first), less one.
+    zeros and a one for every id, and the r low bits of every gap. The gap of an id is its distance to the one before
+    (-1 for the first), less one.
 
     Raises:
         UserError: ids that are not ascending, or beyond 32 bits.
     """
-    gaps = np.diff(shard.astype(np.int64), prepend=-1) - 1
+    ends = np.concatenate([np.full(1, -1, np.int64), shard])
+    gaps: Ids = ends[1:] - ends[:-1] - 1
     if len(shard) and (gaps.min() < 0 or shard[-1] >= MOST_IDS):
         raise UserError("a shard's ids must ascend, and stay below 2^32")
     mean = float(gaps.mean()) if len(gaps) else 0.0
     candidates = range(max(int(np.log2(mean + 1)) - 1, 0), int(np.log2(mean + 1)) + 2)
     order = min(candidates, key=lambda r: int((gaps >> r).sum()) + r * len(gaps))
-    ends = np.cumsum((gaps >> order) + 1)
-    zeros_and_ones = np.zeros(int(ends[-1]) if len(ends) else 0, np.uint8)
-    zeros_and_ones[ends - 1] = 1
+    lengths = np.cumsum((gaps >> order) + 1)
+    zeros_and_ones = np.zeros(int(lengths[-1]) if len(lengths) else 0, np.uint8)
+    zeros_and_ones[lengths - 1] = 1
     low = (gaps[:, None] >> np.arange(order) & 1).astype(np.uint8)
     parts = (np.packbits(bits, bitorder="little").tobytes() for bits in (zeros_and_ones, low.reshape(-1)))
     return _HEAD.pack(len(shard), order, len(zeros_and_ones)) + b"".join(parts)
