@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ditherps.tasks import Keys, ModelSpec, Recipe, Samples, Task
+from ditherps.tasks import Features, Keys, ModelSpec, Recipe, Samples, Task
 
 FEATURES, CLASSES = 6, 4
 _RECIPE = Recipe(8, 8, {"name": "sgd", "lr": 0.1, "momentum": 0.9}, {"name": "cosine"})
@@ -42,6 +42,7 @@ class Tiny(Task):
 
     name = "tiny"
     classes = CLASSES
+    features = Features((FEATURES,), (-8.0,), (8.0,), integer=False)
     models = {  # noqa: RUF012
         "linear": ModelSpec(_linear, _as_stored, _RECIPE),
         "norm": ModelSpec(_norm, _noisy, _RECIPE),

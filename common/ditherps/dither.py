@@ -57,6 +57,7 @@ class Domain(enum.IntEnum):
     AUGMENTATION  augmentation, indexed by global sample id  epoch                 SERVER
     COMPUTE       seed of torch (dropout) for a round        round                 worker index
     INVITATION    choice of a round's workers, by index      round                 SERVER
+    PROBE         coordinates by which gradients are probed  round                 worker index
     ============  =========================================  ====================  ==================================
     """
 
@@ -72,6 +73,7 @@ class Domain(enum.IntEnum):
     AUGMENTATION = 10
     COMPUTE = 11
     INVITATION = 12
+    PROBE = 13
 
 
 def _checked(field: str, value: object, bits: int) -> int:

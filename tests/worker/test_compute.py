@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ditherps import codec, dither, sampling
+from ditherps import codec, dither, gradient, sampling
 from ditherps.codecs import Role
 from ditherps.config import JobConfig, LocalConfig, SplitConfig
 from ditherps.dither import SERVER, Address, Domain, permutation, words_at
@@ -288,7 +288,7 @@ def ledger(monkeypatch: pytest.MonkeyPatch) -> Ledger:
 
     monkeypatch.setattr(Address, "stream", noted_stream)
     monkeypatch.setattr(dither, "lanes_at", noted_lanes_at)
-    named(compute, "words", lambda address, _: (*book.current, "torch"))
+    named(gradient, "words", lambda address, _: (*book.current, "torch"))
     named(compute, "split", lambda *_: ("split",))
     named(sampling, "permutation", lambda *_: (*book.current, "permutation"))
     named(sampling, "uniforms", lambda *_: (*book.current, "proportions"))

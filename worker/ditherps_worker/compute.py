@@ -7,7 +7,6 @@ each round.
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ import torch
 from torch.optim import SGD
 
 from ditherps.config import JobConfig
-from ditherps.dither import Address, Domain, words
+from ditherps.gradient import backward, seed_torch
+from ditherps.gradient import make_deterministic as make_deterministic
 from ditherps.layout import FlatModel
 from ditherps.sampling import Evaluation, Ids, Walk, augmentation_keys, evaluate, split
 from ditherps.tasks import Samples, Task
@@ -34,16 +34,6 @@ class Update:
     samples: int
     loss: float
     seconds: float
-
-
-def make_deterministic(threads: int) -> None:
-    """Set torch so that the same input gives the same bits: threads, algorithms, no TF32."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = False
 
 
 class Computer:
@@ -66,8 +56,7 @@ class Computer:
     def update(self, round_: int) -> Update:
         """The update of round `round_` at the w that `self.model` holds, bit for bit also after it; buffers move on."""
         began = time.perf_counter()
-        seed = words(Address(self._job.seed, round_, self._index, Domain.COMPUTE), 1)[0]
-        torch.manual_seed(int(seed) & (2**63 - 1))
+        seed_torch(self._job.seed, round_, self._index)
         self.model.module.train()
         losses = self._local(round_) if self._job.mode == "local" else self._gradient(round_)
         loss = float(sum(losses)) / len(losses)
@@ -102,12 +91,8 @@ class Computer:
     def _backward(self, ids: Ids, epochs: Ids) -> torch.Tensor:
         rows = torch.from_numpy(ids)
         keys = augmentation_keys(self._job.seed, epochs, ids)
-        inputs = self._task.inputs(self._name, self._samples.features[rows], keys).to(self.model.device)
-        labels = self._samples.labels[rows].to(self.model.device)
-        self.model.gradient.zero_()
-        loss = self._task.loss(self.model.module(inputs), labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+        features, labels = self._samples.features[rows], self._samples.labels[rows]
+        return backward(self._task, self._name, self.model, features, labels, keys)
 
     def evaluate(self) -> tuple[Evaluation, int]:
         """Loss and accuracy of the model that `self.model` holds, and how many test samples stand behind them."""

@@ -16,9 +16,10 @@ from ditherps.errors import OptionError, UserError
 from ditherps.tasks.base import Keys, ModelSpec, Recipe, Samples, Task, Transform
 from ditherps.tasks.cifar10 import Cifar10
 from ditherps.tasks.digits import Digits
+from ditherps.tasks.features import Features
 from ditherps.tasks.mnist import fashion_mnist, mnist
 
-__all__ = ["Keys", "ModelSpec", "Recipe", "Samples", "Task", "Transform", "load_task", "task_names"]
+__all__ = ["Features", "Keys", "ModelSpec", "Recipe", "Samples", "Task", "Transform", "load_task", "task_names"]
 
 _BUILT_IN: Final[dict[str, Callable[[], Task]]] = {
     "digits": Digits,

@@ -18,12 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ditherps.errors import OptionError, UserError
+from ditherps.tasks.features import Features
 
 Keys = NDArray[np.uint64]
 """One 64-bit word a sample, from the AUGMENTATION domain of the dither stream."""
 
 Transform = Callable[[Tensor, Keys | None], Tensor]
-"""Stored features (N, ...) to a float32 model input on the same device; keys augment, None is for evaluation."""
+"""Stored features (N, ...) to a float32 model input on the same device; keys augment, None is for evaluation.
+
+In mode `data` the features are float32 in the units of the stored ones, whatever their own dtype, and may lie out of
+their range by half a step.
+"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,11 +104,13 @@ class Task(ABC):
         name: how it is known in messages and logs; both ends must agree on it.
         classes: number of classes, labels are 0 to classes - 1.
         models: its models by name; the first is the default.
+        features: shape and range of its stored features, which mode `data` needs; None: there is no such mode for it.
     """
 
     name: str
     classes: int
     models: Mapping[str, ModelSpec]
+    features: Features | None = None
 
     @abstractmethod
     def load(self, data_dir: Path | None, *, train: bool) -> Samples:

@@ -17,6 +17,7 @@ from ditherps.errors import DataMissingError
 from ditherps.tasks import models
 from ditherps.tasks.augment import center_crop, random_crop_flip
 from ditherps.tasks.base import Keys, ModelSpec, Recipe, Samples, Task
+from ditherps.tasks.features import Features
 from ditherps.tasks.files import find_or_download
 
 _BATCHES: Final = {True: [f"data_batch_{number}" for number in range(1, 6)], False: ["test_batch"]}
@@ -62,6 +63,7 @@ class Cifar10(Task):
     name = "cifar10"
     classes = 10
     models = _MODELS
+    features = Features((3, _SIDE, _SIDE))
 
     def load(self, data_dir: Path | None, *, train: bool) -> Samples:
         """The images as (N, 3, 32, 32) uint8.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ditherps.tasks import models
 from ditherps.tasks.base import Keys, ModelSpec, Recipe, Samples, Task
+from ditherps.tasks.features import Features
 
 _TEST_EVERY = 5
 
@@ -43,6 +44,7 @@ class Digits(Task):
     name = "digits"
     classes = 10
     models = _MODELS
+    features = Features((8, 8), high=(16,))
 
     def load(self, data_dir: Path | None, *, train: bool) -> Samples:
         """The images as (N, 8, 8) uint8 in 0..16; `data_dir` is not looked at."""

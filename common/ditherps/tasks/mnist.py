@@ -15,6 +15,7 @@ from torch import Tensor
 from ditherps.errors import DataMissingError
 from ditherps.tasks import models
 from ditherps.tasks.base import Keys, ModelSpec, Recipe, Samples, Task
+from ditherps.tasks.features import Features
 from ditherps.tasks.files import Source, find_or_download
 
 _KINDS: Final = ("images-idx3-ubyte", "labels-idx1-ubyte")
@@ -50,6 +51,7 @@ class IdxTask(Task):
 
     classes = 10
     models = _MODELS
+    features = Features((28, 28))
 
     def __init__(self, name: str, source: Source) -> None:
         self.name = name
