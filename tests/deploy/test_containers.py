@@ -19,7 +19,7 @@ from tests.service.harness import wait_until
 
 pytestmark = [pytest.mark.deploy, pytest.mark.slow, pytest.mark.timeout(3000)]  # both images are built from nothing
 
-ROUNDS, WORKERS = 1200, 3
+ROUNDS, WORKERS = 3000, 3
 JOB = f"""
 task = "digits"
 codec = "dqsg"
