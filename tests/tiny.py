@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ditherps.tasks import Features, Keys, ModelSpec, Recipe, Samples, Task
 
 FEATURES, CLASSES = 6, 4
+_BUILDING = threading.Lock()
 _RECIPE = Recipe(8, 8, {"name": "sgd", "lr": 0.1, "momentum": 0.9}, {"name": "cosine"})
 
 
@@ -49,6 +51,11 @@ class Tiny(Task):
         "wide": ModelSpec(partial(_wide, 1000), _noisy, _RECIPE),
         "broad": ModelSpec(partial(_wide, 50_000), _noisy, _RECIPE),
     }
+
+    def build(self, model: str | None, seed: int) -> nn.Module:
+        """As any task, but one at a time: the tests have many ends in one process, and torch one generator."""
+        with _BUILDING:
+            return super().build(model, seed)
 
     def load(self, data_dir: Path | None, *, train: bool) -> Samples:
         """100 samples for training, 50 for testing."""

@@ -142,7 +142,7 @@ class RedoLog:
         content = b"".join(part for record in (Began(job_id=self._job_id), *records) for part in _parts(record))
         with replacing(self._path) as file:
             file.write(content)
-        self.close()
+        self._close_file()
         self._file = os.open(self._path, os.O_RDWR)
         self._end = len(content)
 
@@ -176,7 +176,12 @@ class RedoLog:
             await asyncio.wait([entry.written for entry in self._waiting] or [self._writing], timeout=AGAIN_SECONDS)
 
     def close(self) -> None:
-        """Close the file."""
+        """End: what has found no room yet is lost."""
+        if self._writing is not None:
+            self._writing.cancel()
+        self._close_file()
+
+    def _close_file(self) -> None:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

@@ -40,7 +40,7 @@ def joined(job: bytes | dict[str, Any] = b"", **changes: Any) -> pb.JoinResponse
     values = job if isinstance(job, bytes) else json.dumps({**JOB, **job}).encode()
     answer = pb.JoinResponse(
         fence=types_pb2.Fence(job_id="job", server_epoch=1, session=1), index=1, job=values or json.dumps(JOB).encode(),
-        layout_digest=MODEL.layout.digest, parameter_coordinates=SIZE, buffer_bytes=0, chunk_bytes=1 << 20,
+        layout_digest=MODEL.layout.digest, parameter_coordinates=SIZE, buffer_bytes=0, chunk_bytes=wire.CHUNK_BYTES,
         heartbeat_seconds=5.0, idle_timeout_seconds=5.0,
     )  # fmt: skip
     for key, value in changes.items():
