@@ -133,7 +133,7 @@ OVERVIEW = Board(
                      Query("avg_over_time(ditherps_worker_awaited[30s])", "{{worker}}"), stacked=True),
                 line("Waiting", "s", "How long the server has been waiting for what it waits for now: workers to join, "
                      "or contributions. A saw-tooth is a run that goes on; a ramp is one that stands still.",
-                     Query("ditherps_waiting_seconds", "waiting")),
+                     Query("ditherps_waiting_seconds", "{{awaited}}")),
             ),
         ),
     ),
