@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 ROOT = Path(__file__).parents[2]
 """Where `tests` can be imported from."""
 DITHERPS = (sys.executable, "-m", "ditherps")

@@ -23,7 +23,7 @@ from tests.service.harness import Cluster, last_json, wait_until
 from tests.service.simulation import simulated
 from tests.service.test_local import job_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]  # each starts three or more processes
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # each starts three or more processes
 
 ROUNDS = 120
 JOB = ("--task", "digits", "--workers", 2, "--rounds", ROUNDS, "--codec", "dqsg")
@@ -47,12 +47,23 @@ def _as_a_worker() -> Iterator[None]:
 
 
 def begin(cluster: Cluster, *server: object) -> None:
-    """A server and two workers, which load what they need while it starts; their logs go on in files."""
+    """A server and two workers in the middle of their rounds."""
+    cluster.server(*JOB, *server)
+    join(cluster)
+    in_its_rounds(cluster)
+
+
+def join(cluster: Cluster, server: str = "") -> None:
+    """Start two workers, whose logs are files, and whose patience outlasts a busy machine's start of a server."""
+    config = cluster.run_dir / "worker.toml"
+    config.write_text("[worker]\nconnect_timeout_seconds = 240\n")
     for name in ("worker-0", "worker-1"):
         with (cluster.run_dir / f"{name}.log").open("a") as log:
-            cluster.worker(name, server=f"@{cluster.run_dir / 'server.json'}", stderr=log)
-    cluster.server(*JOB, *server)
-    wait_until(lambda: fetch_status(cluster.address).round >= 3, 120, "three rounds")
+            cluster.worker(name, "--config", config, server=server, stderr=log)
+
+
+def in_its_rounds(cluster: Cluster) -> None:
+    wait_until(lambda: fetch_status(cluster.address).round >= 3, what="three rounds")
 
 
 def waits_for(cluster: Cluster, part: str) -> pb.StatusResponse:
@@ -97,7 +108,7 @@ def test_sigterm_lets_the_open_round_close_and_the_next_server_goes_on(cluster: 
     said = waits_for(cluster, "; the run is suspended in ")
     assert said.round == open_round
     cluster.processes["worker-1"].send_signal(signal.SIGCONT)
-    code, output, error = cluster.finish("server", 30)
+    code, output, error = cluster.finish("server")
     assert code == ExitCode.OK, error
     first = last_json(output)
     assert (first["reason"], first["rounds"]) == ("suspended", open_round + 1)
@@ -120,11 +131,12 @@ def test_sigterm_lets_the_open_round_close_and_the_next_server_goes_on(cluster: 
 def test_a_round_that_does_not_close_is_left_open(cluster: Cluster) -> None:
     begin(cluster, "--grace-seconds", 1)
     open_round = hold(cluster)
-    began = time.monotonic()
+    began = time.time()
     cluster.processes["server"].send_signal(signal.SIGTERM)
-    code, output, error = cluster.finish("server", 30)
+    code, output, error = cluster.finish("server")
     assert code == ExitCode.OK, error
-    assert 1 < time.monotonic() - began < 12
+    saved = (cluster.run_dir / CHECKPOINT).stat().st_mtime
+    assert 1 <= saved - began < 4
     found = last_json(output)
     assert (found["reason"], found["rounds"]) == ("suspended", open_round)
     cluster.processes["worker-1"].send_signal(signal.SIGCONT)
@@ -138,19 +150,22 @@ def test_a_second_signal_ends_at_once(cluster: Cluster) -> None:
     server.send_signal(signal.SIGTERM)
     waits_for(cluster, "; the run is suspended in ")
     server.send_signal(signal.SIGTERM)
-    assert cluster.finish("server", 5)[0] == -signal.SIGTERM
+    assert cluster.finish("server", 20)[0] == -signal.SIGTERM
 
 
 def test_a_run_whose_workers_are_all_killed_ends_and_frees_its_port(cluster: Cluster) -> None:
-    idle, join = 4.0, 6.0
-    begin(cluster, "--set", f"idle_timeout_seconds={idle}", "--set", f"join_timeout_seconds={join}")
-    killed = time.monotonic()
+    idle, empty = 4.0, 6.0
+    join(cluster, f"@{cluster.run_dir / 'server.json'}")  # they load what they need before the server waits for them
+    cluster.server(*JOB, "--set", f"idle_timeout_seconds={idle}", "--set", f"join_timeout_seconds={empty}")
+    in_its_rounds(cluster)
+    killed = time.time()
     for name in ("worker-0", "worker-1"):
         cluster.kill(name)
     waits_for(cluster, "workers: none is here")
-    code, output, error = cluster.finish("server", 30)
+    code, output, error = cluster.finish("server")
     assert code == ExitCode.JOIN_TIMEOUT
-    assert join < time.monotonic() - killed < idle + join + 10
+    ended = (cluster.run_dir / "result.json").stat().st_mtime  # drawing the plots may take long on a busy machine
+    assert empty < ended - killed < idle + empty + 5
     assert error.splitlines()[-1].endswith("too few workers were here for join_timeout_seconds")
     assert output == ""
     assert result(cluster)["reason"] == Reason.JOIN_TIMEOUT
@@ -161,10 +176,10 @@ def test_a_run_whose_workers_are_all_killed_ends_and_frees_its_port(cluster: Clu
 
 def test_a_worker_that_is_asked_to_end_leaves(cluster: Cluster) -> None:
     """And one that was interrupted says so."""
-    begin(cluster, "--set", "quorum=0.5")
+    begin(cluster, "--set", "quorum=0.5", "--rounds", 100_000)
     cluster.processes["worker-1"].send_signal(signal.SIGTERM)
-    assert cluster.finish("worker-1", 20)[0] == ExitCode.OK
+    assert cluster.finish("worker-1")[0] == ExitCode.OK
     cluster.processes["worker-0"].send_signal(signal.SIGINT)
-    assert cluster.finish("worker-0", 20)[0] == ExitCode.INTERRUPTED
+    assert cluster.finish("worker-0")[0] == ExitCode.INTERRUPTED
     states = [member.state for member in fetch_status(cluster.address).members]
     assert states == ["interrupted", "interrupted"]
