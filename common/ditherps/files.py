@@ -16,18 +16,18 @@ LOCK_FILE = "lock"
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
     """A file to be written that takes the place of `path`, synced, when the context ends; until then that one stays.
 
-    Only its owner can read it. What a writer that was killed has left behind is removed first. Raises `OSError` where
-    there is no room or no permission: nothing of the new file is there then; if only the folder could not be synced,
-    it is there whole.
+    `mode`: who may read it; by default only its owner. What a writer that was killed has left behind is removed first.
+    Raises `OSError` where there is no room or no permission: nothing of the new file is there then; if only the folder
+    could not be synced, it is there whole.
     """
     _remove_parts(path)
     # A name of its own: a writer that should be dead, but is not, cannot spoil what this one puts in place.
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
-        with open(part, "xb", opener=_private) as file:
+        with open(part, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> int:
@@ -62,10 +62,6 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
 
 
-def _private(name: str, flags: int) -> int:
-    return os.open(name, flags, 0o600)
-
-
 def _remove_parts(path: Path) -> None:
     for other in path.parent.iterdir():
         if other.name.startswith(path.name + ".") and other.name.endswith(".part"):
@@ -73,7 +69,7 @@ def _remove_parts(path: Path) -> None:
                 other.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename in it last."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,15 @@ class Totals:
         return cls(**counts, began=now - elapsed)
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Bytes since the run began."""
+
+    traffic: Traffic = field(default_factory=Traffic)
+    uplink_payload_bytes: int = 0
+    downlink_payload_bytes: int = 0
+
+
 class Accounts:
     """Counts what one job sends and takes. Not thread-safe."""
 
@@ -89,8 +98,8 @@ class Accounts:
             metrics.worker_contributions.labels(name)
             metrics.worker_absences.labels(name)
         self.totals = Totals()
-        self._recorded, self._recorded_payload = Traffic(), (0, 0)
-        """Up to and with the last round that was recorded: wire bytes, and payload bytes up and down."""
+        self._recorded = Spent()
+        """Up to the close of the last round that was recorded."""
         self._exported = meter.traffic
         if saved:
             self.restore(saved, now)
@@ -106,7 +115,6 @@ class Accounts:
             "totals": self.totals.saved(now),
             "traffic": asdict(self.traffic),
             "recorded": asdict(self._recorded),
-            "recorded_payload": self._recorded_payload,
         }
 
     def restore(self, saved: Mapping[str, Any], now: float) -> bool:
@@ -115,7 +123,8 @@ class Accounts:
         if traffic.uplink_bytes + traffic.downlink_bytes < self.traffic.uplink_bytes + self.traffic.downlink_bytes:
             return False
         self.totals = Totals.restored(saved["totals"], now)
-        self._recorded, self._recorded_payload = Traffic(**saved["recorded"]), tuple(saved["recorded_payload"])
+        recorded = dict(saved["recorded"])
+        self._recorded = Spent(Traffic(**recorded.pop("traffic")), **recorded)
         self._meter.restore(traffic)
         self._exported = traffic
         return True
@@ -150,11 +159,14 @@ class Accounts:
         self._metrics.contributions.inc()
         self._metrics.payload_bytes.labels(UP, self._job.codec).inc(announcement.content_bytes)
         self._metrics.values.labels(UP, self._job.codec).inc(self._coordinates)
-        self.counted(announcement)
 
-    def counted(self, announcement: Announcement) -> None:
-        """A contribution is here, whole, though not in the metrics: a server before this one had it in its own."""
-        self.totals.uplink_payload_bytes += announcement.content_bytes
+    def spent(self) -> Spent:
+        """Bytes up to now."""
+        return Spent(self.traffic, self.totals.uplink_payload_bytes, self.totals.downlink_payload_bytes)
+
+    def received(self, nbytes: int) -> None:
+        """So many bytes of payload are here; negative: they are not taken, and may come again."""
+        self.totals.uplink_payload_bytes += nbytes
 
     def mismatched(self) -> None:
         """A worker does not hold the w that it should."""
@@ -191,16 +203,16 @@ class Accounts:
         report: UpdateReport,
         evaluation: Evaluation | None,
         model: ServerModel,
+        spent: Spent,
         now: float,
     ) -> RoundRecord:
         """A round's update is in the model: its record, which is added to the totals.
 
-        `evaluation`: of the round's base version, where there is one.
+        `evaluation`: of the round's base version, where there is one. `spent`: up to the close of the round, so that
+        the record is the same when the round is applied again from the redo log.
         """
-        plan, traffic, totals, step = action.plan, self.traffic, self.totals, report.step
-        spent = traffic - self._recorded
-        up_before, down_before = self._recorded_payload
-        self._recorded, self._recorded_payload = traffic, (totals.uplink_payload_bytes, totals.downlink_payload_bytes)
+        plan, totals, step, before = action.plan, self.totals, report.step, self._recorded
+        traffic, self._recorded = spent.traffic - before.traffic, spent
         samples = sum(a.samples for a in announcements)
         record = RoundRecord(
             round=plan.round, attempt=plan.attempt, base_version=plan.base_version, version=model.version,
@@ -211,10 +223,10 @@ class Accounts:
             learning_rate=report.learning_rate,
             test_accuracy=evaluation.accuracy if evaluation else None,
             test_loss=evaluation.loss if evaluation else None,
-            uplink_bytes=spent.uplink_bytes, downlink_bytes=spent.downlink_bytes,
-            uplink_payload_bytes=totals.uplink_payload_bytes - up_before,
-            downlink_payload_bytes=totals.downlink_payload_bytes - down_before,
-            uplink_total_bytes=traffic.uplink_bytes, downlink_total_bytes=traffic.downlink_bytes,
+            uplink_bytes=traffic.uplink_bytes, downlink_bytes=traffic.downlink_bytes,
+            uplink_payload_bytes=spent.uplink_payload_bytes - before.uplink_payload_bytes,
+            downlink_payload_bytes=spent.downlink_payload_bytes - before.downlink_payload_bytes,
+            uplink_total_bytes=spent.traffic.uplink_bytes, downlink_total_bytes=spent.traffic.downlink_bytes,
             nmse=_mean([a.nmse for a in announcements]),
             compute_seconds=_mean([a.compute_seconds for a in announcements]) or 0.0,
             encode_seconds=_mean([a.encode_seconds for a in announcements]) or 0.0,

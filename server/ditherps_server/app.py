@@ -111,7 +111,12 @@ async def serve_in(
     accounts = Accounts(job, model.layout.coordinates, broadcast, metrics, meter, origin.totals, time.monotonic())
     saver = Saver(config, job, origin, model, updater.optimizer)
     redo_path = config.run_dir / REDO_FILE
-    restored = replay(redo_path, origin, model, updater, accounts, time.monotonic()) if origin.resumed else Restored()
+    must_be_whole = origin.logged and config.durability == "round"
+    restored = Restored()
+    if origin.resumed:
+        restored = replay(
+            redo_path, origin, model, updater, accounts, time.monotonic(), must_be_whole=must_be_whole
+        )  # fmt: skip
     redo: RedoLog | NoLog = RedoLog(redo_path, origin.job_id)
     if config.durability == "none":
         redo = NoLog()
@@ -143,10 +148,13 @@ async def serve_in(
     metrics.describe(job, broadcast.codec_spec, model.layout.coordinates)
     if files is not None:
         metrics.watch_certificates(files.files.expiry)
-    nothing_lost = restored.log_bytes > 0 and config.durability == "round"
-    recorder.start(job, model.version, restored.records, nothing_lost=nothing_lost)
+    recorder.start(job, model.version, restored.records, nothing_lost=must_be_whole)
+    if not origin.resumed:  # a checkpoint is never there without its log
+        saver.set_aside()
+        begin_log(redo, redo_path, restored)
     saver.begin(restored.leases, restored.entered, accounts.saved(time.monotonic()))
-    begin_log(redo, redo_path, restored)
+    if origin.resumed:
+        begin_log(redo, redo_path, restored)
     await server.start()
     for name in ("", wire.SERVICE.full_name):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)

@@ -84,6 +84,8 @@ class Checkpoint:
     """By member's index, the last round that its contribution entered."""
     totals: Mapping[str, Any]
     """What the run has added up to, as plain JSON."""
+    logged: bool
+    """Whether a redo log goes on from here."""
 
 
 def write(path: Path, checkpoint: Checkpoint) -> int:
@@ -147,7 +149,8 @@ def read(path: Path) -> Checkpoint:
         optimizer_tensors={
             name.removeprefix(_OPTIMIZER): tensor for name, tensor in tensors.items() if name.startswith(_OPTIMIZER)
         },
-        optimizer_values=values.optimizer, leases=values.leases, entered=values.entered, totals=values.totals,
+        optimizer_values=values.optimizer, leases=values.leases, entered=values.entered,
+        totals=values.totals, logged=values.logged,
     )  # fmt: skip
 
 
@@ -211,6 +214,7 @@ class _Values(BaseModel):
     leases: dict[_Index, _Hex]
     entered: dict[_Index, Entered]
     totals: dict[str, Any]
+    logged: bool
 
 
 def _values(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -222,6 +226,7 @@ def _values(checkpoint: Checkpoint) -> dict[str, Any]:
         "job_id": checkpoint.job_id,
         "server_epoch": checkpoint.server_epoch,
         "version": checkpoint.version,
+        "logged": checkpoint.logged,
         "layout_digest": checkpoint.layout_digest.hex(),
         "initial_digest": checkpoint.initial_digest.hex(),
         "leases": {str(index): key.hex() for index, key in dict(checkpoint.leases).items()},

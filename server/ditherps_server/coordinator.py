@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 
 from ditherps.codecs import Role
@@ -85,6 +86,8 @@ class Coordinator:
         self._staging = Staging(job.staging_bytes)
         for contribution in restored.staged:
             self._staging.restore(contribution)
+        self._joining: Counter[int] = Counter()
+        """Members whose leases are being written."""
         self._watchers = Watchers()
         self._repeated = Repeated()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -106,19 +109,24 @@ class Coordinator:
 
         Returns when its lease lasts.
         """
-        session = self.members.join(name, lease_key, occupied=frozenset(self._state.present), samples=samples)
+        occupied = frozenset(self._state.present).union(self._joining)
+        session = self.members.join(name, lease_key, occupied=occupied, samples=samples)
         known = self.members.names[session.index]
         log.info("joined worker=%s index=%d session=%d", known, session.index, session.number)
         self._watchers.end(session.index)
-        leased = self._redo.append(Leased(index=session.index, key=lease_key), kept=False)
+        self._joining[session.index] += 1
+        try:
+            await self._durable(self._redo.append(Leased(index=session.index, key=lease_key), kept=False))
+        finally:
+            self._joining -= Counter([session.index])
+        self.members.check(self.members.fence(session))  # it may have joined again meanwhile
         self._handle(rounds.Joined(session.index, known))
-        await self._durable(leased)
         return session
 
-    async def _durable(self, written: Awaitable[None]) -> None:
+    async def _durable(self, written: asyncio.Future[None]) -> None:
         """Returns when a record is on disk; raises `RefusedError` (`disk_full`) where there is no room."""
         try:
-            await written
+            await asyncio.shield(written)
         except OSError as error:
             self._metrics.redo_failures.inc()
             raise RefusedError(Reason.DISK_FULL, f"the server cannot write its redo log: {error.strerror}") from None
@@ -222,13 +230,18 @@ class Coordinator:
         # Once: what is being written must not change, and memory is used again when its contribution is whole.
         if contribution.whole:
             return
+        announcement = contribution.announcement
         if contribution.written is None:
-            record = Contributed(announcement=contribution.announcement, accounts=self.accounts.saved(self._clock()))
+            self.accounts.received(announcement.content_bytes)
+            record = Contributed(announcement=announcement, accounts=self.accounts.saved(self._clock()))
             contribution.written = self._redo.append(record, [contribution.content], kept=False)
+        written = contribution.written
         try:
-            await self._durable(contribution.written)
+            await self._durable(written)
         except RefusedError:
-            contribution.written = None
+            if contribution.written is written:  # the first of those that waited for it
+                contribution.written = None
+                self.accounts.received(-announcement.content_bytes)
             raise
 
     def _check_open(self, contribution: Contribution) -> None:
@@ -324,6 +337,7 @@ class Coordinator:
         The run goes on without one where there is no room: the last one stays. Returns whether it was written.
         """
         try:
+            self._recorder.sync()  # replay does not make again what the checkpoint holds
             seconds = self.saver.save(self.members.leases, self._entered, self.accounts.saved(self._clock()))
         except OSError as error:
             log.error("checkpoint version=%d not written: %s", self.model.version, error)
@@ -338,7 +352,6 @@ class Coordinator:
         if not await asyncio.to_thread(self.save):
             return
         try:
-            await asyncio.to_thread(self._recorder.sync)
             await self._redo.cut(leases(self.members.leases))
         except OSError as error:
             log.error("redo log not cut: %s", error)
@@ -450,7 +463,7 @@ class Coordinator:
             beyond = await asyncio.to_thread(self._updater.beyond_limit, contributions)
             action = self._without(action, beyond)
             contributions = self._staging.members(action.members)
-            evaluation = self._evaluation
+            evaluation, spent = self._evaluation, self.accounts.spent()
             await self._write_closed(action, evaluation)
             self._moving = True
             report = await asyncio.to_thread(self._updater.apply, contributions)
@@ -467,7 +480,7 @@ class Coordinator:
         finally:
             self._moving = False
         announcements = [contribution.announcement for contribution in contributions]
-        record = self.accounts.applied(action, announcements, report, evaluation, self.model, self._clock())
+        record = self.accounts.applied(action, announcements, report, evaluation, self.model, spent, self._clock())
         self.accounts.show(record, announcements)
         self._recorder.add(record)
         entered = Entered(plan.round, plan.attempt, record.version, len(action.members))
@@ -486,7 +499,7 @@ class Coordinator:
         )  # fmt: skip
         try:
             async with asyncio.timeout(self.job.round_deadline_seconds):
-                await self._redo.append(record)
+                await asyncio.shield(self._redo.append(record))
         except TimeoutError:
             raise _NoRoomError from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import tomli_w
 
 from ditherps.config import JobConfig
 from ditherps.errors import UserError
+from ditherps.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -145,13 +147,12 @@ class Recorder:
                 "it is damaged; put back a good copy, or go on from there with --durability none"
             )
         kept = {number: line for number, line in found.items() if number <= version}
-        unfinished = self.run_dir / "rounds.jsonl.part"
         for record in again:
             line = kept.setdefault(record.version, json.dumps(asdict(record)) + "\n")
             if json.loads(line)["w_digest"] != record.w_digest:
                 log.warning("round %d gave another w than before: this machine computes otherwise", record.round)
-        unfinished.write_text("".join(kept[version] for version in sorted(kept)))
-        unfinished.replace(self.run_dir / "rounds.jsonl")
+        with replacing(self.run_dir / "rounds.jsonl", mode=0o666) as file:
+            file.write("".join(kept[version] for version in sorted(kept)).encode())
 
     def _found(self) -> dict[int, str]:
         """The lines that are there, by version; the last may be half written, and is left out then."""
@@ -164,6 +165,9 @@ class Recorder:
 
     def sync(self) -> None:
         """Returns when what has been added is on disk; raises `OSError`."""
+        self._write()
+        if self._unwritten:
+            raise OSError(errno.ENOSPC, f"{len(self._unwritten)} records of rounds are not written")
         with (self.run_dir / "rounds.jsonl").open("rb") as file:
             os.fsync(file.fileno())
 
@@ -189,5 +193,6 @@ class Recorder:
             self._unwritten.clear()
 
     def finish(self, result: RunResult) -> None:
-        """Write the result."""
+        """Write the result, after what is left of the records."""
+        self._write()
         (self.run_dir / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n")

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ditherps.codecs.base import Role
 from ditherps.errors import Reason, UserError
-from ditherps.files import replacing, write_at
+from ditherps.files import replacing, sync_folder, write_at
 from ditherps.wire import digest_of
 from ditherps_server.evaluation import Evaluation
 from ditherps_server.staging import Announcement
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 _MAGIC = b"DRL1"
 _PREFIX = struct.Struct("<4sIQ16s")
 LARGEST_HEAD_BYTES = 64 << 20
+_AGAIN = "put back a good copy of it, or go on from the checkpoint with --durability none"
 AGAIN_SECONDS = 0.5
 """Until records that found no room are tried again."""
 
@@ -57,7 +58,7 @@ class Began(_Record):
 
 
 class Leased(_Record):
-    """A worker joined under a key that its member's slot did not have."""
+    """A worker joined as this member, under this key."""
 
     kind: Literal["leased"] = "leased"
     index: int = Field(ge=0)
@@ -128,6 +129,8 @@ class RedoLog:
         self._path, self._job_id = path, job_id
         self._file = -1
         self._end = 0
+        self._folder_unsynced = False
+        """The last `begin` may not have lasted."""
         self._waiting: list[_Entry] = []
         self._writing: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()
@@ -138,13 +141,27 @@ class RedoLog:
         return self._end
 
     def begin(self, records: Sequence[Record] = ()) -> None:
-        """Begin anew with these records, in place of the file that may be there; raises `OSError`."""
+        """Begin anew with these records, in place of the file that may be there.
+
+        Raises `OSError`: then the log goes on in that file, or, where only the folder could not be synced, in the new
+        one, and nothing is acknowledged before it is.
+        """
         content = b"".join(part for record in (Began(job_id=self._job_id), *records) for part in _parts(record))
-        with replacing(self._path) as file:
-            file.write(content)
-        self._close_file()
-        self._file = os.open(self._path, os.O_RDWR)
-        self._end = len(content)
+        descriptor = -1
+        try:
+            with replacing(self._path) as file:
+                file.write(content)
+                descriptor = os.dup(file.fileno())
+            self._folder_unsynced = False
+        except OSError:
+            self._folder_unsynced = True
+            raise
+        finally:
+            if descriptor >= 0 and os.path.samestat(os.fstat(descriptor), self._path.stat()):
+                self._close_file()
+                self._file, self._end = descriptor, len(content)
+            elif descriptor >= 0:
+                os.close(descriptor)
 
     def go_on(self, end: int) -> None:
         """Append to the file that is there, of which `end` bytes are whole records; raises `OSError`."""
@@ -152,26 +169,29 @@ class RedoLog:
         os.ftruncate(self._file, end)
         self._end = end
 
-    def append(self, record: Record, content: Sequence[bytes | memoryview] = (), *, kept: bool = True) -> Any:
-        """Add a record behind those before it: an awaitable that ends when it is on disk.
+    def append(
+        self, record: Record, content: Sequence[bytes | memoryview] = (), *, kept: bool = True
+    ) -> asyncio.Future[None]:
+        """Add a record behind those before it; the future is done when it is on disk.
 
-        Where there is no room, a record that is `kept` is tried again until it is written; the awaitable of another
-        raises `OSError`, and it is forgotten. The content must not change before the end.
+        Where there is no room, a record that is `kept` is tried again until it is written; the future of another has
+        `OSError`, and it is forgotten. The content must not change before the end. Wait for it shielded: who is
+        cancelled must not cancel it for others.
         """
         entry = _Entry(_parts(record, content), asyncio.get_running_loop().create_future(), kept)
         entry.written.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be waiting
         self._waiting.append(entry)
         if self._writing is None or self._writing.done():
             self._writing = asyncio.create_task(self._write_waiting())
-        return asyncio.shield(entry.written)
+        return entry.written
 
     async def cut(self, records: Sequence[Record]) -> None:
-        """A checkpoint is on disk: forget all before it but `records`; raises `OSError`, and then nothing is cut."""
+        """A checkpoint is on disk: forget all before it but `records`; raises `OSError` as `begin`."""
         async with self._lock:
             await asyncio.to_thread(self.begin, records)
 
     async def drained(self) -> None:
-        """Returns when all that was appended is on disk, or there is no room for it."""
+        """Returns when all that was appended is on disk, or has not been for `AGAIN_SECONDS`."""
         if self._writing is not None:
             await asyncio.wait([entry.written for entry in self._waiting] or [self._writing], timeout=AGAIN_SECONDS)
 
@@ -196,18 +216,22 @@ class RedoLog:
                     log.error("redo log: %d records not written: %s", len(entries), error)
                     self._waiting[:0] = [entry for entry in entries if entry.kept]
                     for entry in entries:
-                        if not entry.kept:
+                        if not (entry.kept or entry.written.done()):
                             entry.written.set_exception(error)
                     failed = True
                 else:
                     for entry in entries:
-                        entry.written.set_result(None)
+                        if not entry.written.done():
+                            entry.written.set_result(None)
                     failed = False
             if failed:
                 await asyncio.sleep(AGAIN_SECONDS)
 
     def _write(self, entries: Sequence[_Entry]) -> None:
         end = self._end
+        if self._folder_unsynced:
+            sync_folder(self._path.parent)
+            self._folder_unsynced = False
         try:
             for entry in entries:
                 for part in entry.parts:
@@ -227,9 +251,11 @@ class NoLog:
     def begin(self, records: Sequence[Record] = ()) -> None:
         """Nothing."""
 
-    def append(self, record: Record, content: Sequence[bytes | memoryview] = (), *, kept: bool = True) -> Any:
-        """An awaitable that has ended."""
-        done = asyncio.get_running_loop().create_future()
+    def append(
+        self, record: Record, content: Sequence[bytes | memoryview] = (), *, kept: bool = True
+    ) -> asyncio.Future[None]:
+        """A future that is done."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         done.set_result(None)
         return done
 
@@ -254,33 +280,38 @@ class Logged:
 
 
 def read(path: Path, job_id: str) -> Iterator[Logged]:
-    """The whole records of a job's log, in order; none where the file is not there or is another job's.
+    """The whole records of a job's log, in order; none where the file is not there.
 
     Contents are the file's own pages: they can be read as long as this iterator is there. Raises `UserError` for a file
-    that cannot be read.
+    that cannot be read, that begins with no whole record, is another job's, or another version's.
     """
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if not size:
-                return
             pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         return
+    except ValueError:
+        raise UserError(f"{path} is empty: {_AGAIN}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     view, end = memoryview(pages), 0
-    while (logged := _logged(view, end)) is not None:
-        if end == 0 and logged.record != Began(job_id=job_id):
-            log.warning("%s is another job's, and not used", path)
-            return
-        end = logged.end
-        yield logged
+    try:
+        while (logged := _logged(view, end)) is not None:
+            if end == 0 and logged.record != Began(job_id=job_id):
+                raise UserError(f"{path} is not the log of job {job_id}: {_AGAIN}")
+            end = logged.end
+            yield logged
+    except ValidationError:
+        raise UserError(f"{path}: another version of ditherps wrote what is at byte {end}: resume with that") from None
+    if not end:
+        raise UserError(f"{path} is damaged at its beginning: {_AGAIN}")
     if end < size:
         log.warning("%s: the last %d bytes are not a whole record: nobody was told of it", path, size - end)
 
 
 def _logged(view: memoryview, begin: int) -> Logged | None:
+    """The record at a place, None where there is no whole one; raises `ValidationError` for one of another version."""
     head_begin = begin + _PREFIX.size
     if head_begin > len(view):
         return None
@@ -291,10 +322,7 @@ def _logged(view: memoryview, begin: int) -> Logged | None:
     head, content = view[head_begin : head_begin + head_bytes], view[head_begin + head_bytes : end]
     if _digest(head, (content,)) != digest:
         return None
-    try:
-        return Logged(_RECORDS.validate_json(bytes(head)), content, end)
-    except ValidationError:
-        return None
+    return Logged(_RECORDS.validate_json(bytes(head)), content, end)
 
 
 def _parts(record: Record, content: Sequence[bytes | memoryview] = ()) -> tuple[bytes | memoryview, ...]:

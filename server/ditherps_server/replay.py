@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from ditherps_server.accounts import Accounts
 from ditherps_server.checkpoint import Entered
 from ditherps_server.model import ServerModel
 from ditherps_server.records import RoundRecord
-from ditherps_server.redo import Abandoned, Closed, Contributed, Leased, NoLog, Opened, RedoLog
+from ditherps_server.redo import Abandoned, Closed, Contributed, Leased, Logged, NoLog, Opened, RedoLog
 from ditherps_server.saving import Origin
 from ditherps_server.staging import Announcement, Contribution
 from ditherps_server.updater import Updater
@@ -70,15 +71,23 @@ class Restored:
 
 
 def replay(
-    path: Path, origin: Origin, model: ServerModel, updater: Updater, accounts: Accounts, now: float
+    path: Path,
+    origin: Origin,
+    model: ServerModel,
+    updater: Updater,
+    accounts: Accounts,
+    now: float,
+    *,
+    must_be_whole: bool,
 ) -> Restored:
     """Apply the rounds that were closed after the checkpoint from which model, optimizer and accounts come.
 
-    Raises `UserError` when the log does not go on from the checkpoint, or the job cannot go on.
+    Raises `UserError` when the log does not go on from the checkpoint, or the job cannot go on; with `must_be_whole`
+    also when it is missing or cannot be read, which is else where the job goes on from.
     """
     restored = Restored(model.version, dict(origin.leases), dict(origin.entered))
     staged: dict[int, tuple[Announcement, memoryview]] = {}
-    for logged in redo.read(path, origin.job_id):
+    for logged in _read(path, origin.job_id, must_be_whole):
         restored.log_bytes = logged.end
         match logged.record:
             case Leased(index=index, key=key):
@@ -89,8 +98,7 @@ def replay(
                 accounts.restore(opened.accounts, now)
             case Contributed(announcement=announcement) as contributed:
                 staged[announcement.index] = announcement, logged.content
-                if accounts.restore(contributed.accounts, now):
-                    accounts.counted(announcement)
+                accounts.restore(contributed.accounts, now)
             case Abandoned() as abandoned:
                 restored.abandoned = True
                 staged.clear()
@@ -107,6 +115,17 @@ def replay(
         found = (len(restored.records), model.version, len(restored.staged))
         log.info("replayed rounds=%d version=%d staged=%d", *found)
     return restored
+
+
+def _read(path: Path, job_id: str, must_be_whole: bool) -> Iterator[Logged]:
+    if must_be_whole and not path.exists():
+        raise UserError(f"{path} is missing: put it back, or go on from the checkpoint with --durability none")
+    try:
+        yield from redo.read(path, job_id)
+    except UserError as error:
+        if must_be_whole:
+            raise
+        log.warning("what comes before is all that is used: %s", error)
 
 
 def _close(
@@ -139,7 +158,8 @@ def _close(
     accounts.restore(closed.accounts, now)
     action = rounds.CloseRound(plan, closed.members, closed.absent)
     announcements = [contribution.announcement for contribution in contributions]
-    restored.records.append(accounts.applied(action, announcements, report, closed.evaluation, model, now))
+    record = accounts.applied(action, announcements, report, closed.evaluation, model, accounts.spent(), now)
+    restored.records.append(record)
     entered = Entered(was.round, was.attempt, model.version, len(closed.members))
     restored.entered.update(dict.fromkeys(closed.members, entered))
     restored.opened = None

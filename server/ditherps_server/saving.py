@@ -35,6 +35,8 @@ class Origin:
     leases: Mapping[int, bytes] = field(default_factory=dict)
     entered: Mapping[int, Entered] = field(default_factory=dict)
     totals: Mapping[str, Any] = field(default_factory=dict)
+    logged: bool = False
+    """A redo log goes on from the checkpoint."""
     initial_digest: bytes = b""
     """Empty: that of the model as it is."""
     resumed: bool = False
@@ -67,8 +69,8 @@ def resumed(config: ServerConfig, job: JobConfig, model: ServerModel, optimizer:
     optimizer.load_state_dict(saved.optimizer_tensors, saved.optimizer_values)
     log.info("resumed job=%s version=%d epoch=%d", saved.job_id, saved.version, saved.server_epoch + 1)
     return Origin(
-        saved.job_id, saved.server_epoch + 1, saved.leases, saved.entered, saved.totals, saved.initial_digest,
-        resumed=True,
+        saved.job_id, saved.server_epoch + 1, saved.leases, saved.entered, saved.totals, saved.logged,
+        saved.initial_digest, resumed=True,
     )  # fmt: skip
 
 
@@ -80,9 +82,18 @@ class Saver:
     ) -> None:
         self._path = config.run_dir / CHECKPOINT_FILE
         self._every = config.checkpoint_every or max(LEAST_ROUNDS_BETWEEN, job.rounds // CHECKPOINTS_IN_A_RUN)
-        self._redo_bytes = config.redo_bytes
+        self._redo_bytes, self._logged = config.redo_bytes, config.durability == "round"
         self._job, self._origin, self._model, self._optimizer = job, origin, model, optimizer
         self.initial_digest = origin.initial_digest or model.digest
+
+    def set_aside(self) -> None:
+        """A new job begins: a later `--resume` must not take what is left of an earlier run for this one's."""
+        if self._path.exists():
+            self._path.replace(self._path.with_name(OLD_CHECKPOINT_FILE))
+            redo = self._path.with_name(REDO_FILE)
+            if redo.exists():
+                redo.replace(self._path.with_name(OLD_REDO_FILE))
+            log.warning("not resumed: the checkpoint of an earlier run is %s from now on", OLD_CHECKPOINT_FILE)
 
     def begin(self, leases: Mapping[int, bytes], entered: Mapping[int, Entered], totals: Mapping[str, Any]) -> None:
         """The server is about to let workers in: its epoch, or the new job, has to last first.
@@ -90,12 +101,6 @@ class Saver:
         Then no server after this one, even if it is cut off before its next checkpoint, has the same epoch or takes
         what it finds for its own. Raises `UserError` where there is no room for that.
         """
-        if not self._origin.resumed and self._path.exists():
-            self._path.replace(self._path.with_name(OLD_CHECKPOINT_FILE))
-            redo = self._path.with_name(REDO_FILE)
-            if redo.exists():
-                redo.replace(self._path.with_name(OLD_REDO_FILE))
-            log.warning("not resumed: the checkpoint of an earlier run is %s from now on", OLD_CHECKPOINT_FILE)
         try:
             self.save(leases, entered, totals)
         except OSError as error:
@@ -114,6 +119,7 @@ class Saver:
             x=model.x, w=None if model.w is model.x else model.w, buffers=model.buffers,
             layout_digest=model.layout.digest, initial_digest=self.initial_digest, optimizer_tensors=tensors,
             optimizer_values=values, leases=leases, entered=entered, totals=totals,
+            logged=self._logged,
         )  # fmt: skip
         size = checkpoint.write(self._path, state)
         seconds = time.perf_counter() - began

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,7 +44,7 @@ class Contribution:
     content: memoryview
     receiver: Receiver
     whole: bool = False
-    written: Awaitable[None] | None = None
+    written: asyncio.Future[None] | None = None
     """Its way to the disk, once it is checked: one for all streams that may deliver it."""
     stream: object | None = field(default_factory=object)
     """The stream that may write: a newer one takes over, and none may once the round is over."""
@@ -116,7 +116,7 @@ class Staging:
             if held.announcement.digest == announcement.digest:
                 held.stream = object()
                 return held
-            if held.whole:
+            if held.whole or held.written is not None:
                 raise RefusedError(
                     Reason.CONFLICTING_CONTRIBUTION, "another content of this worker has arrived for this round"
                 )

@@ -54,7 +54,7 @@ def make(coordinates: int = 5, version: int = 7, **changes: Any) -> Checkpoint:
         initial_digest=b"\x00\xff" * 8,
         optimizer_tensors={"exp_avg": vector(coordinates, version + 2_000_000), "step": torch.tensor(float(version))},
         optimizer_values={"optimizer": "adam", "updates": version, "learning_rate": 0.1 + 0.2},
-        leases={0: b"", 2: b"key\x00"}, entered={1: Entered(5, 0, 6, 2)},
+        leases={0: b"", 2: b"key\x00"}, entered={1: Entered(5, 0, 6, 2)}, logged=True,
         totals={"contributions": 12, "traffic": {"uplink_bytes": 2**63 + 1}},
     )  # fmt: skip
     return replace(whole, **changes)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from ditherps import files
 from ditherps.codecs.base import Role
 from ditherps.errors import Reason, UserError
 from ditherps_server import redo
@@ -82,7 +83,12 @@ async def test_wherever_it_is_cut_off_what_is_before_comes_back(tmp_path: Path) 
     path = tmp_path / "redo.log"
     (await written(path, RECORDS)).close()
     whole, ends = path.read_bytes(), [logged.end for logged in read(path, "job")]
-    for size in {*range(0, len(whole), 7), *ends, *(end - 1 for end in ends), *(end + 1 for end in ends[:-1])}:
+    for size in {
+        *range(ends[0], len(whole), 7),
+        *ends,
+        *(end - 1 for end in ends[1:]),
+        *(end + 1 for end in ends[:-1]),
+    }:
         path.write_bytes(whole[:size])
         assert len(found(path)) == sum(end <= size for end in ends), size
 
@@ -91,7 +97,7 @@ async def test_a_flipped_bit_ends_it_there(tmp_path: Path) -> None:
     path = tmp_path / "redo.log"
     (await written(path, RECORDS)).close()
     whole, ends = path.read_bytes(), [logged.end for logged in read(path, "job")]
-    for at in range(0, len(whole), 11):
+    for at in range(ends[0], len(whole), 11):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
         assert len(found(path)) == sum(end <= at for end in ends), at
 
@@ -108,14 +114,19 @@ async def test_after_a_cut_off_end_new_records_follow_the_whole_ones(tmp_path: P
     assert found(path) == [(Began(job_id="job"), b""), *RECORDS[:-1], RECORDS[0]]
 
 
-def test_no_log_and_another_jobs_log_are_empty(tmp_path: Path) -> None:
+def test_what_is_no_log_of_this_job(tmp_path: Path) -> None:
     path = tmp_path / "redo.log"
     assert found(path) == []
     path.touch()
-    assert found(path) == []
+    with pytest.raises(UserError, match="is empty"):
+        found(path)
     RedoLog(path, "job").begin()
     assert found(path) == [(Began(job_id="job"), b"")]
-    assert found(path, "other") == []
+    with pytest.raises(UserError, match="not the log of job other"):
+        found(path, "other")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="damaged at its beginning"):
+        found(path)
     path.unlink()
     path.mkdir()
     with pytest.raises(UserError, match="cannot be read"):
@@ -126,9 +137,58 @@ async def test_a_lying_length_takes_no_memory(tmp_path: Path) -> None:
     path = tmp_path / "redo.log"
     (await written(path, RECORDS[:1])).close()
     whole = bytearray(path.read_bytes())
-    whole[8:16] = (2**63).to_bytes(8, "little")
+    end = next(iter(read(path, "job"))).end
+    whole[end + 8 : end + 16] = (2**63).to_bytes(8, "little")
     path.write_bytes(whole)
-    assert found(path) == []
+    assert found(path) == [(Began(job_id="job"), b"")]
+
+
+async def test_a_record_of_another_version_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "redo.log"
+    newer = Leased(index=2, key=b"")
+    log = await written(path, RECORDS[:1])
+    with monkeypatch.context() as patched:
+        patched.setattr(Leased, "model_dump_json", lambda _: '{"kind": "leased", "index": 2, "key": "", "new": 1}')
+        await log.append(newer)
+    log.close()
+    with pytest.raises(UserError, match="another version of ditherps"):
+        found(path)
+
+
+@pytest.mark.parametrize("fails", ["open", "replace", "sync_folder"])
+async def test_a_cut_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    path = tmp_path / "redo.log"
+    log = await written(path, RECORDS)
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        if fails == "replace":
+            patched.setattr(Path, "replace", failing)
+        else:
+            patched.setattr(files, fails, failing, raising=False)
+        with pytest.raises(OSError, match="Too many open files"):
+            await log.cut(redo.leases({1: b"a"}))
+    last = Leased(index=7, key=b"after")
+    await log.append(last)
+    log.close()
+    before = [(Leased(index=1, key=b"a"), b"")] if fails == "sync_folder" else RECORDS
+    assert found(path) == [(Began(job_id="job"), b""), *before, (last, b"")]
+    assert os.listdir(tmp_path) == ["redo.log"]
+
+
+async def test_who_is_cancelled_does_not_cancel_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = await written(tmp_path / "redo.log", [])
+    written_ = log.append(RECORDS[0][0])
+    waiting = [asyncio.ensure_future(asyncio.shield(written_)) for _ in range(2)]
+    waiting[0].cancel()
+    await waiting[1]
+    cancelled = log.append(RECORDS[1][0])
+    cancelled.cancel()
+    await log.append(RECORDS[2][0], [CONTENT])
+    log.close()
+    assert found(tmp_path / "redo.log") == [(Began(job_id="job"), b""), *RECORDS[:3]]
 
 
 async def test_cutting_keeps_what_is_asked_for_and_goes_on(tmp_path: Path) -> None:

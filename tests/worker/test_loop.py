@@ -230,6 +230,60 @@ async def test_a_damaged_log_is_refused_where_something_would_be_lost(tmp_path: 
         assert (await again.running).model_sha256 == simulated(again.job, Tiny())
 
 
+@pytest.mark.parametrize("damaged", ["missing", "empty", "first record"])
+async def test_a_log_that_is_not_there_is_missed(tmp_path: Path, damaged: str) -> None:
+    await cut_off(tmp_path, 3, server={"checkpoint_every": 100}, rounds=9)
+    path = tmp_path / "redo.log"
+    content = {"missing": b"", "empty": b"", "first record": b"x" + path.read_bytes()[1:]}[damaged]
+    path.write_bytes(content)
+    if damaged == "missing":
+        path.unlink()
+    with pytest.raises(UserError, match="--durability none"):
+        async with serving(tmp_path, server={"resume": True}, workers=1, rounds=9):
+            pass
+    assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) >= 3
+
+
+class Stranded(Client):
+    """Breaks its first push off when the server writes it down, and never hears that it was taken."""
+
+    async def push(self, *arguments: Any) -> bool:
+        if self.begun is None:
+            self.begun = asyncio.ensure_future(super().push(*arguments))
+            await asyncio.to_thread(WRITING.wait, 20)
+            self.begun.cancel()
+            await asyncio.gather(self.begun, return_exceptions=True)
+            RELEASED.set()
+            raise UnreachableError("broken off")
+        return await super().push(*arguments)
+
+    begun: asyncio.Future[bool] | None = None
+
+
+WRITING, RELEASED = threading.Event(), threading.Event()
+
+
+async def test_a_push_that_breaks_while_it_is_written_down_is_acknowledged_when_it_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = RedoLog._write
+
+    def slow(log: RedoLog, entries: Any) -> None:
+        if any(len(entry.parts) > 1 for entry in entries) and not RELEASED.is_set():
+            WRITING.set()
+            RELEASED.wait(20)
+            time.sleep(0.2)  # until the server knows of the broken stream
+        write(log, entries)
+
+    monkeypatch.setattr(RedoLog, "_write", slow)
+    async with serving(tmp_path, workers=1) as served:
+        await worker(served.address, "worker-0", make_client=Stranded)
+        result = await served.running
+        assert (result.rounds, result.contributions) == (3, 3)
+        assert result.model_sha256 == simulated(served.job, Tiny())
+        assert result.uplink_payload_bytes == sum(one["uplink_payload_bytes"] for one in served.records())
+
+
 async def test_two_servers_do_not_share_a_run_folder(tmp_path: Path) -> None:
     async with serving(tmp_path, workers=1) as served:
         config = ServerConfig(run_dir=tmp_path, port=0, metrics_port=-1)
@@ -474,8 +528,13 @@ async def test_a_worker_that_keeps_its_state_goes_on_with_the_error_that_it_carr
 async def test_a_nameless_worker_that_keeps_its_key_gets_its_slot_again(tmp_path: Path) -> None:
     """Also from a server that was started again, and while the slot counts as occupied."""
     kept: dict[str, Any] = {"state_dir": tmp_path / "kept"}
-    async with serving(tmp_path, rounds=50) as served:
+    async with serving(tmp_path, rounds=50) as served, Peer(served.address) as peer:
         one = asyncio.create_task(worker(served.address, "worker-0"))
+
+        async def here() -> bool:
+            return bool(await peer.states())
+
+        await until(served, here)  # a name is its owner's, whoever else may have leased it
         nameless = asyncio.create_task(worker(served.address, "", **kept))
         await served.reached(2)
     server = {"resume": True, "port": int(served.address.rpartition(":")[2])}
