@@ -244,6 +244,10 @@ class TestRun:
                 lambda: Liar(join=joined({"codec": "rotated", "codec_options": {"inner": nested(20_000)}})),
                 PayloadError, None, id="options within options",
             ),
+            pytest.param(
+                lambda: Liar(join=joined({"codec": "rotated", "codec_options": {"inner": nested(900)}})),
+                PayloadError, None, id="many options within options",
+            ),
             pytest.param(lambda: Liar(joined({"model": "norm"})), RefusedError, Reason.LAYOUT_MISMATCH, id="model"),
             pytest.param(lambda: Liar(join=joined(heartbeat_seconds=math.nan)), PayloadError, None, id="heartbeat"),
             pytest.param(lambda: Liar(joined(layout_digest=b"")), RefusedError, Reason.LAYOUT_MISMATCH, id="layout"),

@@ -12,7 +12,7 @@ import grpc
 
 from ditherps import wire
 from ditherps.config import WorkerConfig
-from ditherps.errors import HandshakeError, Reason, UserError
+from ditherps.errors import HandshakeError, Reason, UnreachableError, UserError
 from ditherps.network import is_loopback
 from ditherps.security.credentials import Files, channel_credentials
 from ditherps.security.probe import probe
@@ -84,10 +84,25 @@ class Connection:
             if explaining.done() and not answering.done():
                 explaining.result()
             return await answering
+        except HandshakeError:
+            raise
+        except UnreachableError:
+            await self._last_look()
+            raise
         finally:
             for task in (answering, explaining):
                 task.cancel()
             await asyncio.gather(answering, explaining, return_exceptions=True)
+
+    async def _last_look(self) -> None:
+        """Raises `HandshakeError` where a call failed for a reason that `_explain` has not been sure of."""
+        try:
+            await asyncio.to_thread(probe, self._server, self._files)
+        except HandshakeError as error:
+            if error.reason is not Reason.NOTHING_LISTENS:
+                raise
+        except UserError as error:
+            log.debug("no connection: %s", error)
 
     async def _explain(self) -> None:
         """Raises `HandshakeError` once a connection has failed for a reason that stays; silent about other failures."""
