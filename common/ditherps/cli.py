@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -44,6 +46,7 @@ def build_app() -> typer.Typer:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code (see `ExitCode`)."""
+    atexit.register(gc.freeze)  # else the interpreter looks for cycles in all of torch before it ends, for a second
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC says of each failed handshake what nobody can read
     try:
         build_app()(list(arguments) if arguments is not None else None, prog_name="ditherps")

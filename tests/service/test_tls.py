@@ -388,7 +388,7 @@ async def test_each_refused_worker_logs_one_line_that_says_what_to_do(tmp_path: 
         (Reason.WRONG_CA, ["--certs", folders / "other/workers/worker-0"], "ca.pem"),
         (Reason.CERTIFICATE_EXPIRED, ["--certs", folders / "bad/expired-worker-0"], "certs init"),
         (Reason.WRONG_HOST, ["--certs", own / "worker-0"], "--host"),
-        (Reason.NO_CERTIFICATE, ["--certs", folders], "--certs"),
+        (Reason.NO_CERTIFICATE, ["--certs", folders], "certs init --worker NAME"),
         (Reason.IDENTITY_MISMATCH, ["--certs", own / "worker-0", "--name", "worker-1"], "leave --name away"),
         (Reason.TLS_SERVER, [], "--certs"),
     ]

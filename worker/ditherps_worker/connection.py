@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 
 from ditherps import wire
 from ditherps.config import WorkerConfig
-from ditherps.errors import HandshakeError, Reason, UnreachableError, UserError
+from ditherps.errors import HandshakeError, Reason, UserError
 from ditherps.network import is_loopback
 from ditherps.security.credentials import Files, channel_credentials
 from ditherps.security.probe import probe
@@ -20,7 +19,7 @@ from ditherps.security.tokens import read_token
 
 log = logging.getLogger(__name__)
 
-CONFIRM_SECONDS = 1.0
+LOOK_SECONDS = 1.0
 """Between two looks at a server that lets nobody in: it may just be starting."""
 
 Answer = TypeVar("Answer")
@@ -84,54 +83,33 @@ class Connection:
             if explaining.done() and not answering.done():
                 explaining.result()
             return await answering
-        except HandshakeError:
-            raise
-        except UnreachableError:
-            await self._last_look()
-            raise
         finally:
             for task in (answering, explaining):
                 task.cancel()
             await asyncio.gather(answering, explaining, return_exceptions=True)
 
-    async def _last_look(self) -> None:
-        """Raises `HandshakeError` where a call failed for a reason that `_explain` has not been sure of."""
+    async def _explain(self) -> None:
+        """Raises `HandshakeError` once two looks in a row have found the same reason, one that stays."""
+        found: HandshakeError | None = None
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            before, found = found, await self._look()
+            if found and before and found.reason is before.reason is not Reason.NOTHING_LISTENS:
+                raise found
+
+    async def _look(self) -> HandshakeError | None:
+        """Why there is no connection now; None where there is one, or there could be."""
+        # Whatever else gRPC says of the channel: from one failure to the next it may call it anything.
+        if self.channel.get_state() is grpc.ChannelConnectivity.READY:
+            return None
         try:
             await asyncio.to_thread(probe, self._server, self._files)
         except HandshakeError as error:
-            if error.reason is not Reason.NOTHING_LISTENS:
-                raise
-        except UserError as error:
+            log.debug("no connection: %s: %s", error.reason, error)
+            return error
+        except UserError as error:  # files that are just being replaced
             log.debug("no connection: %s", error)
-
-    async def _explain(self) -> None:
-        """Raises `HandshakeError` once a connection has failed for a reason that stays; silent about other failures."""
-        found: Reason | None = None
-        while True:
-            await self._failed(again=found is not None)
-            try:
-                await asyncio.to_thread(probe, self._server, self._files)
-                found = None
-            except HandshakeError as error:
-                if error.reason is found is not Reason.NOTHING_LISTENS:
-                    raise
-                found = error.reason
-                log.debug("no connection: %s: %s", error.reason, error)
-            except UserError as error:  # files that are just being replaced
-                log.debug("no connection: %s", error)
-
-    async def _failed(self, *, again: bool) -> None:
-        """Returns when the channel has failed to connect; with `again` soon after, if it has not got through."""
-        state: Any = self.channel.get_state(try_to_connect=True)
-        if again:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(CONFIRM_SECONDS):
-                    while state is not grpc.ChannelConnectivity.READY:
-                        await self.channel.wait_for_state_change(state)
-                        state = self.channel.get_state()
-        while state is not grpc.ChannelConnectivity.TRANSIENT_FAILURE:
-            await self.channel.wait_for_state_change(state)
-            state = self.channel.get_state()
+        return None
 
 
 def check_plaintext(config: WorkerConfig) -> None:
