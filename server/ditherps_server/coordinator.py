@@ -432,10 +432,13 @@ class Coordinator:
         self._begin_round(plan)
 
     def _begin_round(self, plan: Plan) -> None:
-        self._evaluation = None
+        last = self.last_evaluation
+        self._evaluation = last if last and plan.evaluator is not None and last.version == plan.base_version else None
         self._metrics.round.set(plan.round)
+        if self._evaluation is not None:  # by an attempt before this one; its evaluator would not report it again
+            self._handle(rounds.Evaluated())
         self._tell()
-        if plan.evaluator == rounds.SERVER_EVALUATES and self._evaluator is not None:
+        if self._evaluation is None and plan.evaluator == rounds.SERVER_EVALUATES and self._evaluator is not None:
             self._spawn(self._evaluate(self._evaluator, plan))
 
     async def _evaluate(self, evaluator: Evaluator, plan: Plan) -> None:
@@ -549,7 +552,8 @@ class Coordinator:
             response.opened.CopyFrom(
                 types_pb2.RoundPlan(
                     round=plan.round, attempt=plan.attempt, base_version=plan.base_version,
-                    role=_ROLES[role] if role else types_pb2.ROLE_UNSPECIFIED, evaluate=plan.evaluator == index,
+                    role=_ROLES[role] if role else types_pb2.ROLE_UNSPECIFIED,
+                    evaluate=plan.evaluator == index and not state.evaluated,
                     deadline_seconds=max(0.0, plan.deadline_at - self._clock()),
                 )
             )  # fmt: skip

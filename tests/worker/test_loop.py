@@ -460,6 +460,29 @@ async def test_feedback_waits_for_the_round_that_is_opened_again(
         assert result.model_sha256 == simulated(served.job, Tiny())
 
 
+async def test_an_evaluation_is_kept_for_the_round_that_is_opened_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its evaluator would not report it twice, and the round would wait for it up to the next deadline."""
+    reported: list[int] = []
+    report = Client.report
+
+    async def counted(client: Client, evaluation: pb.Evaluation) -> None:
+        reported.append(evaluation.version)
+        await report(client, evaluation)
+
+    monkeypatch.setattr(Client, "report", counted)
+    options: dict[str, Any] = {"round_deadline_seconds": 2.0, "idle_timeout_seconds": 1.0}
+    options |= {"evaluator": "worker", "evaluate_every": 1}
+    async with waiting_in_round_1(tmp_path, **options) as (served, gated, tasks):
+        await until(served, said(caplog, "abandoned round=1 attempt=0"))
+        gated.gate.set()
+        await asyncio.gather(*tasks.values())
+        assert (await served.running).model_sha256 == simulated(served.job, Tiny())
+        assert reported == list(range(6))
+        assert all(record["test_loss"] is not None for record in served.records())
+
+
 class CutOff(Client):
     """Loses its connection once, together with the news of how a round ended."""
 
