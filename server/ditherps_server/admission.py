@@ -1,15 +1,22 @@
-"""How often workers may join, and how much each may have open at once. Clocks are handed in, in seconds."""
+"""How often workers may join, how much each may have open at once, and for whom the server waits.
+
+Clocks are handed in, in seconds.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TypeVar
 
 from ditherps.config import LimitsConfig
 from ditherps.errors import Reason, RefusedError
 from ditherps_server.gate import covers
+
+T = TypeVar("T")
 
 
 class TokenBucket:
@@ -51,6 +58,41 @@ class Slots:
             self._held[key] -= 1
             if not self._held[key]:
                 del self._held[key]
+
+
+class Patience:
+    """Waits for the other ends of RPCs: for so long, and for so many at once.
+
+    An honest end keeps the server waiting for moments only. So where too many do, the one that has for longest is
+    given up: whoever holds RPCs open, under however many names, takes nobody else's place.
+    """
+
+    def __init__(self, what: str, limit: int, seconds: float) -> None:
+        self._what, self._limit, self._seconds = what, limit, seconds
+        self._waiting: dict[asyncio.Timeout, None] = {}  # in the order in which they came
+
+    async def wait(self, awaited: Awaitable[T]) -> T:
+        """What comes of it; raises `RefusedError` (`idle_timeout`, `too_many_streams`) where it takes too long."""
+        patience = asyncio.timeout(self._seconds)
+        try:
+            async with patience:
+                self._waiting[patience] = None
+                if len(self._waiting) > self._limit:
+                    self._give_up(next(iter(self._waiting)))
+                return await awaited
+        except TimeoutError:
+            if patience in self._waiting:
+                raise RefusedError(Reason.IDLE_TIMEOUT, f"{self._what}: nothing for {self._seconds:g} s") from None
+            raise RefusedError(
+                Reason.TOO_MANY_STREAMS, f"{self._what}: more than {self._limit} RPCs wait for it: try again"
+            ) from None
+        finally:
+            self._waiting.pop(patience, None)
+
+    def _give_up(self, longest: asyncio.Timeout) -> None:
+        del self._waiting[longest]
+        if not longest.expired():
+            longest.reschedule(0.0)
 
 
 class Admission:

@@ -35,6 +35,7 @@ from ditherps.security.tokens import TokenFile
 from ditherps.signals import on_first_signal
 from ditherps.tasks import Task
 from ditherps_server.accounts import Accounts
+from ditherps_server.admission import Patience
 from ditherps_server.broadcast import Broadcast
 from ditherps_server.coordinator import Coordinator
 from ditherps_server.evaluation import Evaluator
@@ -57,6 +58,10 @@ from ditherps_server.updater import Updater
 log = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 5.0
+UNARY_SECONDS = 10.0
+"""For how long the server waits for the message of a unary RPC, and until its answer has been sent."""
+UNARY_AT_ONCE = 96
+"""For how many it waits with each."""
 
 
 async def serve(
@@ -126,18 +131,21 @@ async def serve_in(
         Members(job.member_table, origin.job_id, origin.epoch, restored.leases), recorder, saver, redo, accounts,
         metrics, restored,
     )  # fmt: skip
+    gate = Gate(mutual=files is not None and tokens is None, tokens=tokens)
+    unary_seconds = min(UNARY_SECONDS, job.idle_timeout_seconds)
+    messages = Patience("the message of an RPC", UNARY_AT_ONCE, unary_seconds)
     interceptor = ErrorInterceptor(
-        meter, job.idle_timeout_seconds, lambda reason: metrics.refused_rpcs.labels(reason.value).inc()
-    )
+        meter, gate, messages, Patience("reading the answer", UNARY_AT_ONCE, unary_seconds), job.idle_timeout_seconds,
+        lambda reason: metrics.refused_rpcs.labels(reason.value).inc(),
+    )  # fmt: skip
     server = grpc.aio.server(
         options=wire.SERVER_OPTIONS, interceptors=[RpcMeter(metrics), interceptor],
         maximum_concurrent_rpcs=rpcs_at_once(config.limits, job.workers),
     )  # fmt: skip
     # A worker that is busy must not look silent.
     heartbeat_seconds = min(config.heartbeat_seconds, job.idle_timeout_seconds / 3)
-    gate = Gate(mutual=files is not None and tokens is None, tokens=tokens)
     service = ParameterServerService(coordinator, gate, config.limits, origin.job_id, heartbeat_seconds)
-    health_servicer = Health()
+    health_servicer = Health(messages)
     server.add_generic_rpc_handlers((wire.service_handler(service, meter), health_servicer.handler))
     if config.reflection:
         _add_reflection(server)
@@ -224,8 +232,13 @@ def rules_of(job: JobConfig, codec: Codec, *, server_evaluates: bool, waits_for_
 
 
 def rpcs_at_once(limits: LimitsConfig, workers: int) -> int:
-    """More than all workers together may have open, each to its limit: no worker can use up what others need."""
-    return 256 + workers * (3 * limits.worker_streams + limits.worker_pulls + 8)
+    """More than can be open, so that nobody can use up what others need.
+
+    All streams of all workers, each to its limit; unary RPCs whose message or whose reader does not come; and those
+    that are being served: some of each worker and of who looks on.
+    """
+    streams = 3 * limits.worker_streams + limits.worker_pulls  # pushes, with and without a header, and watches
+    return workers * (streams + 8) + 2 * UNARY_AT_ONCE + 64
 
 
 def _check_staging(job: JobConfig, codec: Codec, rules: Rules, updater: Updater) -> None:

@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.25
 SEEN_SECONDS = 0.5
 """Signs of life that follow each other faster say nothing new."""
+LAST_WRITE_SECONDS = 1.0
+"""What the round that is being closed has to be written down when the run is stopped."""
 _ROLES = {Role.SOURCE: types_pb2.ROLE_SOURCE, Role.NESTED: types_pb2.ROLE_NESTED}
 _PHASES = {
     Phase.WAITING: types_pb2.PHASE_WAITING,
@@ -90,7 +92,8 @@ class Coordinator:
         """Members whose leases are being written."""
         self._watchers = Watchers()
         self._repeated = Repeated()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._closings: set[asyncio.Task[None]] = set()
+        self._evaluations: set[asyncio.Task[None]] = set()
         self._evaluating = asyncio.Lock()
         self._finished: asyncio.Future[Reason] = asyncio.get_running_loop().create_future()
         self._closed: tuple[types_pb2.RoundResult, frozenset[int]] | None = None
@@ -324,12 +327,22 @@ class Coordinator:
             self._watch_gauges()
             await asyncio.wait([self._finished], timeout=TICK_SECONDS)
         # A round that is being closed is applied whole, and recorded, before the model is called final.
-        await asyncio.gather(*self._tasks)
+        await asyncio.gather(*self._closings)
+        await self._end_evaluations()
         await self._redo.drained()
         self.accounts.totals.finished = self._clock()
         self.model_sha256 = await asyncio.to_thread(lambda: self.model.sha256)
         self._tell()
         return self._finished.result()
+
+    async def _end_evaluations(self) -> None:
+        """Wait for the last one of a run that is finished; nobody waits for others."""
+        if self._finished.result() is not Reason.FINISHED:
+            if self._evaluator is not None:
+                self._evaluator.end()
+            for evaluation in self._evaluations:
+                evaluation.cancel()
+        await asyncio.gather(*self._evaluations, return_exceptions=True)
 
     def save(self) -> bool:
         """Write a checkpoint of the last applied round; only while nothing changes the model.
@@ -394,7 +407,7 @@ class Coordinator:
                 case rounds.OpenRound(plan):
                     self._open(plan)
                 case rounds.CloseRound():
-                    self._spawn(self._close(action))
+                    self._spawn(self._close(action), self._closings)
                 case rounds.AbandonRound(plan, reason):
                     self._redo.append(Abandoned(reason=reason, accounts=self.accounts.saved(self._clock())))
                     log.warning("abandoned round=%d attempt=%d reason=%s", plan.round, plan.attempt, reason)
@@ -405,7 +418,7 @@ class Coordinator:
         if self._closed is not None and self._state.phase is Phase.WAITING:
             self._tell()
 
-    def _spawn(self, work: Awaitable[None]) -> None:
+    def _spawn(self, work: Awaitable[None], among: set[asyncio.Task[None]]) -> None:
         async def guarded() -> None:
             try:
                 await work
@@ -415,8 +428,8 @@ class Coordinator:
                 self.stop(Reason.INTERNAL)
 
         task = asyncio.get_running_loop().create_task(guarded())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        among.add(task)
+        task.add_done_callback(among.discard)
 
     def _open(self, plan: Plan) -> None:
         self.accounts.opened(plan)
@@ -439,12 +452,12 @@ class Coordinator:
             self._handle(rounds.Evaluated())
         self._tell()
         if self._evaluation is None and plan.evaluator == rounds.SERVER_EVALUATES and self._evaluator is not None:
-            self._spawn(self._evaluate(self._evaluator, plan))
+            self._spawn(self._evaluate(self._evaluator, plan), self._evaluations)
 
     async def _evaluate(self, evaluator: Evaluator, plan: Plan) -> None:
         async with self._evaluating:
-            if self._state.plan is not plan:
-                return  # the evaluation before this one took longer than its round
+            if self._state.phase is not Phase.OPEN or self._state.plan is not plan:
+                return  # the evaluation before this one took longer than its round: the model may be changing
             evaluator.take(self.model)
             evaluation = await asyncio.to_thread(evaluator.run)
         if self._state.plan is plan:
@@ -474,7 +487,7 @@ class Coordinator:
             self._handle(rounds.Unusable(error.reason))
             return
         except _NoRoomError:
-            self.stop(Reason.DISK_FULL)
+            self._handle(rounds.Unwritten())
             return
         except EncodingError as error:
             self.failure = f"the model diverged in round {plan.round}: {error}; a lower optimizer.lr may help"
@@ -494,17 +507,26 @@ class Coordinator:
         self._handle(rounds.Applied(self.model.version))
 
     async def _write_closed(self, action: rounds.CloseRound, evaluation: Evaluation | None) -> None:
-        """The round is closed when this is on disk; raises `_NoRoomError` when there has been no room for too long."""
+        """The round is closed when this is on disk; raises `_NoRoomError` when there has been no room for too long.
+
+        That is a round's deadline, or until the run is stopped, or has to be suspended.
+        """
         now = self._clock()
         record = Closed(
             members=action.members, absent=dict(action.absent), evaluation=evaluation,
             round_seconds=now - action.plan.opened_at, accounts=self.accounts.saved(now),
         )  # fmt: skip
-        try:
-            async with asyncio.timeout(self.job.round_deadline_seconds):
-                await asyncio.shield(self._redo.append(record))
-        except TimeoutError:
-            raise _NoRoomError from None
+        written = self._redo.append(record)
+        while not written.done():
+            await asyncio.wait([written], timeout=TICK_SECONDS)
+            latest = now + self.job.round_deadline_seconds
+            if self._state.suspend_at is not None:
+                latest = min(latest, self._state.suspend_at)
+            if self._finished.done():
+                latest = min(latest, self._state.since + LAST_WRITE_SECONDS)
+            if not written.done() and self._clock() >= latest:
+                raise _NoRoomError
+        await written
 
     def _without(self, action: rounds.CloseRound, beyond: Mapping[int, str]) -> rounds.CloseRound:
         """The same without contributions that are refused at the close; raises `RefusedError` if the quorum is lost."""

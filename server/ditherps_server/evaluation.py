@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ class Evaluator:
         self._samples = samples
         self._copy = FlatModel(task.build(model, seed=0), gradient=False)
         self._version = 0
+        self._ended = threading.Event()
+        self._copy.module.register_forward_pre_hook(lambda *_: self._check())
 
     @classmethod
     def where_possible(cls, task: Task, model: str | None, data_dir: Path | None, *, must: bool) -> Evaluator | None:
@@ -52,6 +55,14 @@ class Evaluator:
         """Copy the version that `run` is to evaluate."""
         model.copy_into(self._copy)
         self._version = model.version
+
+    def end(self) -> None:
+        """Nobody wants a result any more: what runs raises `RuntimeError` at its next batch (any thread)."""
+        self._ended.set()
+
+    def _check(self) -> None:
+        if self._ended.is_set():
+            raise RuntimeError("the evaluation was ended")
 
     def run(self) -> Evaluation:
         """Evaluate the copy (any thread, one at a time)."""

@@ -1,10 +1,10 @@
-"""The one place where errors become gRPC status codes, and where RPCs are counted."""
+"""The one place where errors become gRPC status codes, where RPCs are counted, and where strangers are turned away."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, NoReturn, TypeAlias
 
@@ -13,23 +13,37 @@ import grpc
 from ditherps import wire
 from ditherps.errors import DitherpsError, PayloadError, Reason, RefusedError
 from ditherps.text import one_line
-from ditherps_server.gate import token_of
+from ditherps_server.admission import Patience
+from ditherps_server.gate import Gate, token_of
 
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-
-_STREAM = {False: "unary", True: "stream"}
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 log = logging.getLogger(__name__)
+
+
+async def first_message(requests: AsyncIterator[Any], patience: Patience) -> Any:
+    """The message of a unary RPC; raises `PayloadError` where there is none, `RefusedError` where it does not come."""
+    message = await patience.wait(anext(requests, None))
+    if message is None:
+        raise PayloadError("the RPC ended before its message came", Reason.SIZE)
+    return wire.checked(message)
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Maps `DitherpsError` to a status and a `ditherps-reason`; an unexpected error is logged and answered INTERNAL.
 
-    A stream whose other end does not read for `write_seconds` is ended.
+    Every RPC is served as a stream of messages both ways, which on the wire is the same: for the message of a unary
+    one, and until its answer can be sent, gRPC would wait without a limit, and count it among those it serves. A
+    stream whose other end does not read for `write_seconds` is ended.
     """
 
-    def __init__(self, meter: wire.WireMeter, write_seconds: float, on_refused: Callable[[Reason], None]) -> None:
-        self._meter = meter
+    def __init__(
+        self, meter: wire.WireMeter, gate: Gate, messages: Patience, answers: Patience, write_seconds: float,
+        on_refused: Callable[[Reason], None],
+    ) -> None:  # fmt: skip
+        self._meter, self._gate = meter, gate
+        self._messages, self._answers = messages, answers
         self._write_seconds = write_seconds
         self._on_refused = on_refused
 
@@ -42,43 +56,52 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(f"/{wire.SERVICE.full_name}/"):
             return handler
-        kind = f"{_STREAM[handler.request_streaming]}_{_STREAM[handler.response_streaming]}"
-        inner = getattr(handler, kind)
-        wrapped = self._stream(inner) if handler.response_streaming else self._unary(inner)
-        make: Callable[..., Handler] = getattr(grpc, f"{kind}_rpc_method_handler")
+        make: Callable[..., Handler] = grpc.stream_stream_rpc_method_handler
         return make(
-            wrapped,
+            self._served(handler),
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
-    def _unary(self, inner: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    def _served(self, handler: Handler) -> Callable[[AsyncIterator[Any], Context], Awaitable[None]]:
+        answer = self._streamed(handler) if handler.response_streaming else self._single(handler)
+
+        async def handle(requests: AsyncIterator[Any], context: Context) -> None:
             self._meter.count_rpc(token_of(context))
             try:
-                return await inner(wire.checked(request), context)
+                self._gate.identity(context)  # a stranger's messages are not even read
+                streaming = handler.request_streaming
+                await answer(requests if streaming else await first_message(requests, self._messages), context)
             except Exception as error:
                 await self._abort(context, error)
 
         return handle
 
-    def _stream(self, inner: Callable[..., AsyncGenerator[Any]]) -> Callable[..., Awaitable[None]]:
-        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-            self._meter.count_rpc(token_of(context))
+    def _single(self, handler: Handler) -> Callable[[Any, Context], Awaitable[None]]:
+        inner: Any = handler.stream_unary or handler.unary_unary
+
+        async def answer(request: Any, context: Context) -> None:
+            response = await inner(request, context)
+            await self._answers.wait(context.write(response))
+
+        return answer
+
+    def _streamed(self, handler: Handler) -> Callable[[Any, Context], Awaitable[None]]:
+        inner: Any = handler.stream_stream or handler.unary_stream
+
+        async def answer(request: Any, context: Context) -> None:
             try:
-                async with aclosing(inner(wire.checked(request), context)) as responses:
+                async with aclosing(inner(request, context)) as responses:
                     async for response in responses:
                         async with asyncio.timeout(self._write_seconds):
                             await context.write(response)
             except TimeoutError:
-                error = RefusedError(Reason.IDLE_TIMEOUT, f"nothing was read for {self._write_seconds:g} s")
-                await self._abort(context, error)
-            except Exception as error:
-                await self._abort(context, error)
+                message = f"nothing was read for {self._write_seconds:g} s"
+                raise RefusedError(Reason.IDLE_TIMEOUT, message) from None
 
-        return handle
+        return answer
 
-    async def _abort(self, context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
+    async def _abort(self, context: Context, error: Exception) -> NoReturn:
         if isinstance(error, (RefusedError, PayloadError)):
             reason, message = error.reason, str(error)
             self._on_refused(reason)

@@ -66,7 +66,9 @@ class Restored:
             state, phase=rounds.Phase.OPEN, plan=plan,
             members={index: rounds.Member(names[index], present=True, last_seen=now) for index in was.roles},
             encoded=was.encoded, delivered=frozenset(c.announcement.index for c in self.staged),
-            evaluated=was.evaluator is None,
+            # Where the server no longer has test data, nobody will evaluate what it was to evaluate.
+            evaluated=was.evaluator is None
+            or (was.evaluator == rounds.SERVER_EVALUATES and not rules.server_evaluates),
         )  # fmt: skip
 
 

@@ -186,6 +186,11 @@ class Unusable:
 
 
 @dataclass(frozen=True, slots=True)
+class Unwritten:
+    """There is no room to write down that the closing round is closed: its contributions are not applied."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed."""
 
@@ -204,7 +209,7 @@ class Suspend:
     at: float
 
 
-Event = Joined | Left | Seen | Delivered | Evaluated | Applied | Unusable | Tick | Stop | Suspend
+Event = Joined | Left | Seen | Delivered | Evaluated | Applied | Unusable | Unwritten | Tick | Stop | Suspend
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +271,8 @@ def step(rules: Rules, state: State, event: Event, now: float) -> tuple[State, t
             return _advance(rules, replace(state, version=version, round=state.round + 1), now)
         case Unusable(reason) if state.phase is Phase.CLOSING:
             return _abandon(rules, state, reason, now)
+        case Unwritten() if state.phase is Phase.CLOSING:
+            return _finish(state, Reason.DISK_FULL, now) if state.suspend_at is None else _suspend(state, now)
         case Tick():
             state = _silence(rules, state, now)
     if state.present:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ditherps.config import LimitsConfig
 from ditherps.errors import Reason, RefusedError
-from ditherps_server.admission import Admission, Slots, TokenBucket
+from ditherps_server.admission import Admission, Patience, Slots, TokenBucket
 from ditherps_server.repeated import Repeated
 
 TABLE = ("worker-0", "worker-1", "gpu/0", "gpu/1", "gpu/2")
@@ -121,6 +123,28 @@ class TestSlots:
         for _ in range(3):
             with pytest.raises(ValueError, match="once"), slots.hold("a"):
                 raise ValueError("once")
+
+
+class TestPatience:
+    def test_whoever_has_kept_it_waiting_longest_is_given_up(self) -> None:
+        async def outcomes() -> list[object]:
+            patience, never = Patience("a message", 2, 0.1), asyncio.Event()
+            waits = [patience.wait(never.wait()) for _ in range(4)]
+            return await asyncio.gather(*waits, patience.wait(asyncio.sleep(0, "here")), return_exceptions=True)
+
+        *refused, honest = asyncio.run(outcomes())
+        assert honest == "here"
+        reasons = [error.reason for error in refused if isinstance(error, RefusedError)]
+        assert reasons == [Reason.TOO_MANY_STREAMS] * 3 + [Reason.IDLE_TIMEOUT]
+
+    def test_an_error_is_handed_on(self) -> None:
+        async def fails() -> None:
+            raise ValueError("its own")
+
+        patience = Patience("a message", 1, 1.0)
+        for _ in range(3):
+            with pytest.raises(ValueError, match="its own"):
+                asyncio.run(patience.wait(fails()))
 
 
 def test_lines_that_repeat_are_counted() -> None:

@@ -33,6 +33,7 @@ from ditherps_server.rounds import (
     Suspend,
     Tick,
     Unusable,
+    Unwritten,
     assign_roles,
     invite,
     step,
@@ -577,6 +578,14 @@ class TestSuspend:
         state, done = run(rules, [(12.0, Tick())], state)
         assert done == [FinishRun(Reason.SUSPENDED)]
         assert (state.delivered, state.round) == (frozenset({0, 1}), 0)
+
+    @pytest.mark.parametrize(("asked", "reason"), [(True, Reason.SUSPENDED), (False, Reason.DISK_FULL)])
+    def test_a_round_that_cannot_be_written_down_is_left(self, asked: bool, reason: Reason) -> None:
+        schedule: list[tuple[float, Event]] = [(1.0, Delivered(index)) for index in range(4)]
+        schedule += [(2.0, Suspend(12.0))] if asked else []
+        state, done = run(RULES, [*schedule, (12.0, Tick()), (12.0, Unwritten())], evaluated()[0])
+        assert done[1:] == [FinishRun(reason)]
+        assert (state.round, state.delivered) == (0, frozenset(range(4)))
 
     def test_it_does_not_wait_for_workers_that_are_gone(self) -> None:
         _, done = run(RULES, [(1.0, Suspend(500.0)), *gone()], evaluated()[0])

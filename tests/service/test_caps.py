@@ -126,6 +126,40 @@ class TestStreams:
             assert (await refusal(answered(check(b"\xff\xff")))).reason is Reason.MALFORMED
 
 
+class TestCallsWithoutAMessage:
+    """gRPC by itself would wait for the message of a unary RPC without a limit."""
+
+    async def test_they_take_nobody_elses_place(self, tmp_path: Path) -> None:
+        async with opened(tmp_path) as (served, a, _), contextlib.AsyncExitStack() as stack:
+            held = []
+            for _ in range(6):
+                peer = await stack.enter_async_context(Peer(served.address))
+                for method in (f"/{wire.SERVICE.full_name}/Status", "/grpc.health.v1.Health/Check"):
+                    call: Any = peer.channel.stream_unary(method, response_deserializer=bytes)
+                    held += [call() for _ in range(50)]
+            outcomes = [asyncio.ensure_future(refusal(answered(call))) for call in held]
+            while not any(outcome.done() for outcome in outcomes):  # so many that the first had to go
+                assert await a.states() == ["computing"] * 2
+                await answered(a.stub.Heartbeat(pb.HeartbeatRequest(fence=a.fence)))
+            for _ in range(20):
+                assert await a.states() == ["computing"] * 2
+                await answered(a.stub.Heartbeat(pb.HeartbeatRequest(fence=a.fence)))
+            ended = [outcome.result() for outcome in outcomes if outcome.done()]
+            assert len(outcomes) - len(ended) < 130
+            assert {refused.reason for refused in ended} == {Reason.TOO_MANY_STREAMS}
+            for outcome in outcomes:
+                outcome.cancel()
+
+    async def test_they_end(self, tmp_path: Path) -> None:
+        async with serving(tmp_path, idle_timeout_seconds=0.5) as served, Peer(served.address) as peer:
+            for method in (f"/{wire.SERVICE.full_name}/Join", "/grpc.health.v1.Health/Check"):
+                call: Any = peer.channel.stream_unary(method, response_deserializer=bytes)
+                assert (await refusal(answered(call(timeout=CALL_SECONDS)))).reason is Reason.IDLE_TIMEOUT
+                empty: list[bytes] = []
+                outcome = await refusal(answered(call(iter(empty), timeout=CALL_SECONDS)))
+                assert outcome.reason is Reason.SIZE
+
+
 async def heartbeats(*peers: Peer) -> None:
     """Signs of life, until cancelled."""
     while True:
