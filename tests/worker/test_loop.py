@@ -32,7 +32,7 @@ from ditherps_server.app import serve
 from ditherps_server.redo import RedoLog
 from ditherps_worker.client import Client, PushStats
 from ditherps_worker.compute import Computer
-from ditherps_worker.kept import KeptState
+from ditherps_worker.kept import Encoded, KeptState
 from ditherps_worker.loop import Loop
 from tests.service.inprocess import Peer, Served, serving
 from tests.service.simulation import simulated
@@ -442,6 +442,41 @@ class CutOff(Client):
             yield state
 
 
+class Stalls(Client):
+    """Sends nothing of its first content."""
+
+    held = False
+
+    async def _send(self, call: Any, deadline: asyncio.Timeout, parts: Any, offset: int) -> pb.PushResponse:
+        if self.held:
+            return await super()._send(call, deadline, parts, offset)
+        self.held = True
+        deadline.reschedule(None)
+        return await self._answer(call)
+
+
+class Damages(Client):
+    """Sends its first content with another beginning."""
+
+    damaged = False
+
+    async def _send(self, call: Any, deadline: asyncio.Timeout, parts: Any, offset: int) -> pb.PushResponse:
+        if not self.damaged:
+            self.damaged = True
+            parts = [bytes([bytes(parts[0])[0] ^ 1]) + bytes(parts[0])[1:], *parts[1:]]
+        return await super()._send(call, deadline, parts, offset)
+
+
+@pytest.mark.parametrize(("broken", "reason"), [(Stalls, "idle_timeout"), (Damages, "digest_mismatch")])
+async def test_a_worker_whose_content_does_not_arrive_sends_it_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: type[Client], reason: str
+) -> None:
+    async with serving(tmp_path, workers=1, idle_timeout_seconds=1.0) as served:
+        assert (await worker(served.address, "worker-0", make_client=broken)).reason == "finished"
+        assert said(caplog, f"refused update worker=worker-0 reason={reason}")()
+        assert (await served.running).model_sha256 == simulated(served.job, Tiny())
+
+
 async def test_feedback_is_told_of_a_round_that_ended_while_nobody_listened(tmp_path: Path) -> None:
     async with serving(tmp_path, **FEEDBACK) as served:
         await asyncio.gather(worker(served.address, "worker-0", make_client=CutOff), worker(served.address, "worker-1"))
@@ -494,6 +529,53 @@ async def test_a_worker_that_keeps_its_state_goes_on_with_the_error_that_it_carr
         assert result.model_sha256 == simulated(served.job, Tiny())
 
 
+class Skewed(Tiny):
+    """Computes something else, as another GPU may."""
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return 1.5 * super().loss(outputs, labels)
+
+
+async def test_a_worker_that_keeps_its_state_sends_what_it_had_sent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Started again in the middle of a round it does not compute once more, which could give other bytes."""
+    pushed: list[tuple[int, bytes]] = []
+
+    class Recording(Client):
+        async def push(
+            self, plan: types_pb2.RoundPlan, update: bytes | memoryview, buffers: bytes, stats: PushStats
+        ) -> bool:
+            counted = await super().push(plan, update, buffers, stats)
+            pushed.append((plan.round, bytes(update) + buffers))
+            return counted
+
+    kept: dict[str, Any] = {"state_dir": tmp_path / "kept", "make_client": Recording}
+    async with waiting_in_round_1(tmp_path, kept) as (served, gated, tasks):
+        await until(served, lambda: len(pushed) == 2)
+        tasks["worker-0"].cancel()
+        await asyncio.gather(tasks["worker-0"], return_exceptions=True)
+        tasks["worker-0"] = asyncio.create_task(worker(served.address, "worker-0", Skewed(), **kept))
+        await until(served, lambda: len(pushed) == 3)
+        assert pushed[2] == pushed[1]
+        gated.gate.set()
+        await asyncio.gather(*tasks.values())
+        assert [round_ for round_, _ in pushed] == [0, 1, 1, 2, 3, 4]
+        assert not said(caplog, "another contribution")()
+
+
+async def test_what_a_worker_sent_before_it_was_started_again_stands(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that computes other bytes in its second life goes on with the next round."""
+    async with slow_and_fast(tmp_path) as (served, gated, _, slow):
+        again = asyncio.create_task(worker(served.address, "worker-0"))
+        await until(served, said(caplog, "another contribution of this worker"))
+        gated.gate.set()
+        assert {one.reason for one in await asyncio.gather(again, slow)} == {"finished"}
+        assert [record["workers"] for record in served.records()] == [[0, 1]] * 3
+
+
 async def test_a_nameless_worker_that_keeps_its_key_gets_its_slot_again(tmp_path: Path) -> None:
     """Also from a server that was started again, and while the slot counts as occupied."""
     kept: dict[str, Any] = {"state_dir": tmp_path / "kept"}
@@ -514,11 +596,13 @@ async def test_kept_feedback_that_is_damaged_is_refused(tmp_path: Path) -> None:
     assert kept.lease_key() == KeptState(tmp_path / "kept").lease_key() != KeptState(None).lease_key()
     codec = ditherps.codec(FEEDBACK["codec"], **FEEDBACK["codec_options"])
     feedback, again = ErrorFeedback(codec, 10), ErrorFeedback(codec, 10)
-    feedback.encode(torch.arange(10.0), Address(1, 2, 3, Domain.UPDATE))
-    kept.save(feedback, "job")
-    kept.restore(again, "another job")
-    assert again.pending is None
-    kept.restore(again, "job")
+    encoded = feedback.encode(torch.arange(10.0), Address(1, 2, 3, Domain.UPDATE))
+    sent = Encoded((2, 0, 2, 1), encoded.to_bytes(), b"buffers", STATS)
+    kept.save(feedback, sent, "job", 3)
+    for other in (("another job", 3), ("job", 2)):
+        assert kept.restore(again, *other) is None
+        assert again.pending is None
+    assert kept.restore(again, "job", 3) == sent
     assert again.pending == feedback.pending
     assert torch.equal(again.corrected, feedback.corrected)
     path = tmp_path / "kept" / "feedback.safetensors"
@@ -526,10 +610,10 @@ async def test_kept_feedback_that_is_damaged_is_refused(tmp_path: Path) -> None:
     for damaged in (b"", whole[:-1], b"\xff" * 100):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="damaged"):
-            kept.restore(again, "job")
+            kept.restore(again, "job", 3)
     path.write_bytes(whole)
     with pytest.raises(UserError, match="does not fit"):
-        kept.restore(ErrorFeedback(codec, 11), "job")
+        kept.restore(ErrorFeedback(codec, 11), "job", 3)
 
 
 async def test_feedback_with_a_codec_that_cannot_have_it(tmp_path: Path) -> None:
