@@ -29,6 +29,7 @@ from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 from ditherps_server import checkpoint
 from ditherps_server.app import serve
+from ditherps_server.coordinator import Coordinator
 from ditherps_server.redo import RedoLog
 from ditherps_worker.client import Client, PushStats
 from ditherps_worker.compute import Computer
@@ -579,8 +580,13 @@ async def test_what_a_worker_sent_before_it_was_started_again_stands(
 async def test_a_nameless_worker_that_keeps_its_key_gets_its_slot_again(tmp_path: Path) -> None:
     """Also from a server that was started again, and while the slot counts as occupied."""
     kept: dict[str, Any] = {"state_dir": tmp_path / "kept"}
-    async with serving(tmp_path, rounds=50) as served:
+    async with serving(tmp_path, rounds=50) as served, Peer(served.address) as peer:
         one = asyncio.create_task(worker(served.address, "worker-0"))
+
+        async def here() -> bool:
+            return await peer.states() == ["here"]
+
+        await until(served, here)  # else its slot might be taken for the nameless one
         nameless = asyncio.create_task(worker(served.address, "", **kept))
         await served.reached(2)
     server = {"resume": True, "port": int(served.address.rpartition(":")[2])}
@@ -707,6 +713,24 @@ async def test_a_worker_that_loads_its_data_for_long_is_not_silent(tmp_path: Pat
 async def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:1: "):
         await worker("127.0.0.1:1", "worker-0", connect_timeout_seconds=0.5)
+
+
+async def test_a_server_that_ends_while_a_worker_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a worker that has never joined waits for the next server."""
+    joining = asyncio.Event()
+
+    async def stands_still(*arguments: Any) -> Any:
+        joining.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Coordinator, "join", stands_still)
+        async with serving(tmp_path, workers=1) as served:
+            running = asyncio.create_task(worker(served.address, "worker-0", connect_timeout_seconds=30))
+            await asyncio.wait_for(joining.wait(), 20)
+    server = {"resume": True, "port": int(served.address.rpartition(":")[2])}
+    async with serving(tmp_path, server=server, workers=1):
+        assert (await running).reason == "finished"
 
 
 async def test_a_name_that_is_not_a_member(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from ditherps import kernels, wire
 from ditherps.config import JobConfig, WorkerConfig
 from ditherps.dither import Address, Domain
-from ditherps.errors import PayloadError, Reason, RefusedError, RunFailedError, UnreachableError
+from ditherps.errors import HandshakeError, PayloadError, Reason, RefusedError, RunFailedError, UnreachableError
 from ditherps.feedback import ErrorFeedback
 from ditherps.metrics import DOWN, UP, WorkerMetrics
 from ditherps.text import one_line
@@ -41,6 +41,18 @@ _LARGEST_RESULTS = 64
 """Ends of rounds that are kept for who has not looked yet."""
 
 MakeComputer = Callable[[JobConfig, int], Computer]
+
+
+class _Backoff:
+    """Pauses that grow, and are jittered."""
+
+    def __init__(self) -> None:
+        self._seconds = _FIRST_BACKOFF_SECONDS
+
+    async def pause(self) -> None:
+        """The next one."""
+        await asyncio.sleep(self._seconds * random.uniform(0.5, 1.5))
+        self._seconds = min(2 * self._seconds, _LAST_BACKOFF_SECONDS)
 
 
 class State:
@@ -112,7 +124,7 @@ class Loop:
         Raises `RefusedError`, `UnreachableError`, `PayloadError`, `RunFailedError`.
         """
         limit_seconds, said = self._config.connect_timeout_seconds, ""
-        backoff, lost_since = _FIRST_BACKOFF_SECONDS, math.inf
+        backoff, lost_since, began = _Backoff(), math.inf, time.monotonic()
         while True:
             self._progressed = False
             lost_seconds = max(0.0, time.monotonic() - lost_since)
@@ -121,17 +133,19 @@ class Loop:
             except (UnreachableError, RefusedError, PayloadError) as error:
                 if isinstance(error, RefusedError) and error.reason not in (*_JOIN_AGAIN, *_CUT_OFF, *_NO_ROOM):
                     raise
+                if isinstance(error, HandshakeError) and not self._job_id:
+                    raise
                 now = time.monotonic()
                 if self._progressed or lost_since == math.inf:
-                    backoff, lost_since, said = _FIRST_BACKOFF_SECONDS, now, ""
-                if not (self._job_id or isinstance(error, RefusedError)) or now - lost_since > limit_seconds:
+                    # A first Join has waited for the server already.
+                    backoff, lost_since, said = _Backoff(), now if self._job_id else began, ""
+                if now - lost_since >= limit_seconds:
                     raise
                 if str(error) != said:
                     said = str(error)
                     log.warning("%s; trying again for at most %g s", said, limit_seconds - (now - lost_since))
             self._metrics.reconnects.inc()
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.5))
-            backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
+            await backoff.pause()
 
     async def _session(self, join_seconds: float) -> types_pb2.JobResult:
         joined = await self._client.join(self._lease_key, join_seconds)
