@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import threading
@@ -678,6 +679,29 @@ async def test_a_client_whose_round_has_gone_on_is_told_so_not_refused(tmp_path:
                 break
         assert not await client.push(state.opened, update, b"", STATS)
         await peer.channel.close()
+
+
+async def test_a_disk_that_is_full_for_longer_than_a_worker_waits_for_a_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is connected all the time: the round's deadline says how long it tries."""
+    gated, limit = Gated(), 1.0
+    pwrite = os.pwrite
+
+    def full(descriptor: int, content: Any, offset: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async with serving(tmp_path, workers=1) as served:
+        running = asyncio.create_task(worker(served.address, "worker-0", gated, connect_timeout_seconds=limit))
+        assert await asyncio.to_thread(gated.begun.wait, 20)
+        monkeypatch.setattr(os, "pwrite", full)
+        gated.gate.set()
+        await until(served, said(caplog, "trying again while the round is open"))
+        assert not (await asyncio.wait([running, served.running], timeout=2 * limit))[0]
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        assert (await running).reason == "finished"
+        assert (await served.running).model_sha256 == simulated(served.job, Tiny())
+        assert said(caplog, "reason=disk_full")()
 
 
 class SlowToLoad(Tiny):

@@ -37,6 +37,7 @@ _NO_ROOM = (
     Reason.MEMBERS_FULL, Reason.STAGING_FULL, Reason.DISK_FULL, Reason.JOIN_RATE, Reason.TOO_MANY_STREAMS,
 )  # fmt: skip
 """The server has no room now, and may have it soon."""
+_NO_ROOM_FOR_CONTENT = (Reason.STAGING_FULL, Reason.DISK_FULL)
 _LARGEST_RESULTS = 64
 """Ends of rounds that are kept for who has not looked yet."""
 
@@ -80,15 +81,23 @@ class State:
         self.lost = error
         self._changed.set()
 
-    async def changed(self) -> pb.WatchResponse:
-        """The newest state, once there is one that has not been seen; raises what broke the stream.
+    def still_open(self, plan: types_pb2.RoundPlan) -> bool:
+        """Whether this attempt of the round is open, as far as this worker knows; raises what broke the stream."""
+        if self.lost is not None and not self._is_last_word:
+            raise self.lost
+        opened = self.latest.opened
+        return self.latest.HasField("opened") and (opened.round, opened.attempt) == (plan.round, plan.attempt)
 
-        The end of the job, or its suspension, is the last word: that the stream ends after it says nothing.
-        """
+    @property
+    def _is_last_word(self) -> bool:
+        """The end of the job, or its suspension: that the stream ends after it says nothing."""
+        return self.latest.HasField("finished") or self.latest.phase == types_pb2.PHASE_SUSPENDED
+
+    async def changed(self) -> pb.WatchResponse:
+        """The newest state, once there is one that has not been seen; raises what broke the stream."""
         await self._changed.wait()
         self._changed.clear()
-        last_word = self.latest.HasField("finished") or self.latest.phase == types_pb2.PHASE_SUSPENDED
-        if self.lost is not None and not last_word:
+        if self.lost is not None and not self._is_last_word:
             raise self.lost
         return self.latest
 
@@ -288,14 +297,11 @@ class Loop:
                 self._held.forget()  # computing changes the model, and puts it back at its end only
                 raise
         assert self._sent is not None
-        newest = state.latest
-        if newest.HasField("finished"):
-            return
-        if newest.HasField("opened") and (newest.opened.round, newest.opened.attempt) != (plan.round, plan.attempt):
+        if not state.still_open(plan):
             return  # too late: the round has gone on without us
         began = time.perf_counter()
         try:
-            counted = await self._client.push(plan, self._sent.update, self._sent.buffers, self._sent.stats)
+            counted = await self._push(plan, self._sent, state)
         except RefusedError as error:
             if error.reason is not Reason.CONFLICTING_CONTRIBUTION:
                 raise
@@ -311,6 +317,24 @@ class Loop:
         self._metrics.payload_bytes.labels(UP, job.codec).inc(size)
         self._metrics.values.labels(UP, job.codec).inc(self._computer.model.layout.coordinates)
         log.debug("pushed round=%d bytes=%d counted=%s", plan.round, size, counted)
+
+    async def _push(self, plan: types_pb2.RoundPlan, sent: Encoded, state: State) -> bool:
+        """Send a contribution while its round is open, which is also how long a server without room is asked again.
+
+        Whether it counts.
+        """
+        backoff, said = _Backoff(), False
+        while state.still_open(plan):
+            try:
+                return await self._client.push(plan, sent.update, sent.buffers, sent.stats)
+            except RefusedError as error:
+                if error.reason not in _NO_ROOM_FOR_CONTENT:
+                    raise
+                if not said:
+                    log.warning("round=%d: %s; trying again while the round is open", plan.round, error)
+                said = True
+            await backoff.pause()
+        return False
 
     async def _hold(self, held: HeldModel, version: int) -> bool:
         """Bring version `version` of w into the model; whether this shows that the one held was not the server's."""
