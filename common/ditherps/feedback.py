@@ -98,6 +98,11 @@ class ErrorFeedback:
         """The address of the contribution whose result is not known yet."""
         return self._pending.address if self._pending else None
 
+    @property
+    def encoded(self) -> Encoded | None:
+        """The payload of the contribution whose result is not known yet."""
+        return self._pending.encoded if self._pending else None
+
     def encode(self, x: Tensor, address: Address, *, name: str | Callable[[int], str] = "update") -> Encoded:
         """Encode x + e. The same vector at the same address gives the same bytes until the commit.
 

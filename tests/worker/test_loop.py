@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import threading
@@ -29,10 +30,11 @@ from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 from ditherps_server import checkpoint
 from ditherps_server.app import serve
+from ditherps_server.coordinator import Coordinator
 from ditherps_server.redo import RedoLog
 from ditherps_worker.client import Client, PushStats
 from ditherps_worker.compute import Computer
-from ditherps_worker.kept import KeptState
+from ditherps_worker.kept import Encoded, KeptState
 from ditherps_worker.loop import Loop
 from tests.service.inprocess import Peer, Served, serving
 from tests.service.simulation import simulated
@@ -496,6 +498,41 @@ class CutOff(Client):
             yield state
 
 
+class Stalls(Client):
+    """Sends nothing of its first content."""
+
+    held = False
+
+    async def _send(self, call: Any, deadline: asyncio.Timeout, parts: Any, offset: int) -> pb.PushResponse:
+        if self.held:
+            return await super()._send(call, deadline, parts, offset)
+        self.held = True
+        deadline.reschedule(None)
+        return await self._answer(call)
+
+
+class Damages(Client):
+    """Sends its first content with another beginning."""
+
+    damaged = False
+
+    async def _send(self, call: Any, deadline: asyncio.Timeout, parts: Any, offset: int) -> pb.PushResponse:
+        if not self.damaged:
+            self.damaged = True
+            parts = [bytes([bytes(parts[0])[0] ^ 1]) + bytes(parts[0])[1:], *parts[1:]]
+        return await super()._send(call, deadline, parts, offset)
+
+
+@pytest.mark.parametrize(("broken", "reason"), [(Stalls, "idle_timeout"), (Damages, "digest_mismatch")])
+async def test_a_worker_whose_content_does_not_arrive_sends_it_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: type[Client], reason: str
+) -> None:
+    async with serving(tmp_path, workers=1, idle_timeout_seconds=1.0) as served:
+        assert (await worker(served.address, "worker-0", make_client=broken)).reason == "finished"
+        assert said(caplog, f"refused update worker=worker-0 reason={reason}")()
+        assert (await served.running).model_sha256 == simulated(served.job, Tiny())
+
+
 async def test_feedback_is_told_of_a_round_that_ended_while_nobody_listened(tmp_path: Path) -> None:
     async with serving(tmp_path, **FEEDBACK) as served:
         await asyncio.gather(worker(served.address, "worker-0", make_client=CutOff), worker(served.address, "worker-1"))
@@ -548,6 +585,53 @@ async def test_a_worker_that_keeps_its_state_goes_on_with_the_error_that_it_carr
         assert result.model_sha256 == simulated(served.job, Tiny())
 
 
+class Skewed(Tiny):
+    """Computes something else, as another GPU may."""
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return 1.5 * super().loss(outputs, labels)
+
+
+async def test_a_worker_that_keeps_its_state_sends_what_it_had_sent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Started again in the middle of a round it does not compute once more, which could give other bytes."""
+    pushed: list[tuple[int, bytes]] = []
+
+    class Recording(Client):
+        async def push(
+            self, plan: types_pb2.RoundPlan, update: bytes | memoryview, buffers: bytes, stats: PushStats
+        ) -> bool:
+            counted = await super().push(plan, update, buffers, stats)
+            pushed.append((plan.round, bytes(update) + buffers))
+            return counted
+
+    kept: dict[str, Any] = {"state_dir": tmp_path / "kept", "make_client": Recording}
+    async with waiting_in_round_1(tmp_path, kept) as (served, gated, tasks):
+        await until(served, lambda: len(pushed) == 2)
+        tasks["worker-0"].cancel()
+        await asyncio.gather(tasks["worker-0"], return_exceptions=True)
+        tasks["worker-0"] = asyncio.create_task(worker(served.address, "worker-0", Skewed(), **kept))
+        await until(served, lambda: len(pushed) == 3)
+        assert pushed[2] == pushed[1]
+        gated.gate.set()
+        await asyncio.gather(*tasks.values())
+        assert [round_ for round_, _ in pushed] == [0, 1, 1, 2, 3, 4]
+        assert not said(caplog, "another contribution")()
+
+
+async def test_what_a_worker_sent_before_it_was_started_again_stands(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that computes other bytes in its second life goes on with the next round."""
+    async with slow_and_fast(tmp_path) as (served, gated, _, slow):
+        again = asyncio.create_task(worker(served.address, "worker-0"))
+        await until(served, said(caplog, "another contribution of this worker"))
+        gated.gate.set()
+        assert {one.reason for one in await asyncio.gather(again, slow)} == {"finished"}
+        assert [record["workers"] for record in served.records()] == [[0, 1]] * 3
+
+
 async def test_a_nameless_worker_that_keeps_its_key_gets_its_slot_again(tmp_path: Path) -> None:
     """Also from a server that was started again, and while the slot counts as occupied."""
     kept: dict[str, Any] = {"state_dir": tmp_path / "kept"}
@@ -555,9 +639,9 @@ async def test_a_nameless_worker_that_keeps_its_key_gets_its_slot_again(tmp_path
         one = asyncio.create_task(worker(served.address, "worker-0"))
 
         async def here() -> bool:
-            return bool(await peer.states())
+            return await peer.states() == ["here"]
 
-        await until(served, here)  # a name is its owner's, whoever else may have leased it
+        await until(served, here)  # else its slot might be taken for the nameless one
         nameless = asyncio.create_task(worker(served.address, "", **kept))
         await served.reached(2)
     server = {"resume": True, "port": int(served.address.rpartition(":")[2])}
@@ -573,11 +657,13 @@ async def test_kept_feedback_that_is_damaged_is_refused(tmp_path: Path) -> None:
     assert kept.lease_key() == KeptState(tmp_path / "kept").lease_key() != KeptState(None).lease_key()
     codec = ditherps.codec(FEEDBACK["codec"], **FEEDBACK["codec_options"])
     feedback, again = ErrorFeedback(codec, 10), ErrorFeedback(codec, 10)
-    feedback.encode(torch.arange(10.0), Address(1, 2, 3, Domain.UPDATE))
-    kept.save(feedback, "job")
-    kept.restore(again, "another job")
-    assert again.pending is None
-    kept.restore(again, "job")
+    encoded = feedback.encode(torch.arange(10.0), Address(1, 2, 3, Domain.UPDATE))
+    sent = Encoded((2, 0, 2, 1), encoded.to_bytes(), b"buffers", STATS)
+    kept.save(feedback, sent, "job", 3)
+    for other in (("another job", 3), ("job", 2)):
+        assert kept.restore(again, *other) is None
+        assert again.pending is None
+    assert kept.restore(again, "job", 3) == sent
     assert again.pending == feedback.pending
     assert torch.equal(again.corrected, feedback.corrected)
     path = tmp_path / "kept" / "feedback.safetensors"
@@ -585,10 +671,10 @@ async def test_kept_feedback_that_is_damaged_is_refused(tmp_path: Path) -> None:
     for damaged in (b"", whole[:-1], b"\xff" * 100):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="damaged"):
-            kept.restore(again, "job")
+            kept.restore(again, "job", 3)
     path.write_bytes(whole)
     with pytest.raises(UserError, match="does not fit"):
-        kept.restore(ErrorFeedback(codec, 11), "job")
+        kept.restore(ErrorFeedback(codec, 11), "job", 3)
 
 
 async def test_feedback_with_a_codec_that_cannot_have_it(tmp_path: Path) -> None:
@@ -649,6 +735,29 @@ async def test_a_client_whose_round_has_gone_on_is_told_so_not_refused(tmp_path:
         await peer.channel.close()
 
 
+async def test_a_disk_that_is_full_for_longer_than_a_worker_waits_for_a_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is connected all the time: the round's deadline says how long it tries."""
+    gated, limit = Gated(), 1.0
+    pwrite = os.pwrite
+
+    def full(descriptor: int, content: Any, offset: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async with serving(tmp_path, workers=1) as served:
+        running = asyncio.create_task(worker(served.address, "worker-0", gated, connect_timeout_seconds=limit))
+        assert await asyncio.to_thread(gated.begun.wait, 20)
+        monkeypatch.setattr(os, "pwrite", full)
+        gated.gate.set()
+        await until(served, said(caplog, "trying again while the round is open"))
+        assert not (await asyncio.wait([running, served.running], timeout=2 * limit))[0]
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        assert (await running).reason == "finished"
+        assert (await served.running).model_sha256 == simulated(served.job, Tiny())
+        assert said(caplog, "reason=disk_full")()
+
+
 class SlowToLoad(Tiny):
     """Takes its time to load; says when it has begun."""
 
@@ -682,6 +791,24 @@ async def test_a_worker_that_loads_its_data_for_long_is_not_silent(tmp_path: Pat
 async def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:1: "):
         await worker("127.0.0.1:1", "worker-0", connect_timeout_seconds=0.5)
+
+
+async def test_a_server_that_ends_while_a_worker_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a worker that has never joined waits for the next server."""
+    joining = asyncio.Event()
+
+    async def stands_still(*arguments: Any) -> Any:
+        joining.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Coordinator, "join", stands_still)
+        async with serving(tmp_path, workers=1) as served:
+            running = asyncio.create_task(worker(served.address, "worker-0", connect_timeout_seconds=30))
+            await asyncio.wait_for(joining.wait(), 20)
+    server = {"resume": True, "port": int(served.address.rpartition(":")[2])}
+    async with serving(tmp_path, server=server, workers=1):
+        assert (await running).reason == "finished"
 
 
 async def test_a_name_that_is_not_a_member(tmp_path: Path) -> None:

@@ -57,11 +57,11 @@ class Connection:
         Where the old one is in doubt, and to take certificates that are new since it was made; those that cannot be
         used leave it as it is.
         """
-        replaced = self._files is not None and self._files.stamp() != self._stamp
-        if not (replaced or self._doubted):
-            return
         old = self.channel
         try:
+            replaced = self._files is not None and self._files.stamp() != self._stamp
+            if not (replaced or self._doubted):
+                return
             self._open()
         except (OSError, UserError) as error:
             log.warning("certificates changed, but cannot be used; the old ones stay: %s", error)

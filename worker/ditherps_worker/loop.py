@@ -9,14 +9,13 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from ditherps import kernels, wire
 from ditherps.config import JobConfig, WorkerConfig
 from ditherps.dither import Address, Domain
-from ditherps.errors import PayloadError, Reason, RefusedError, RunFailedError, UnreachableError
+from ditherps.errors import HandshakeError, PayloadError, Reason, RefusedError, RunFailedError, UnreachableError
 from ditherps.feedback import ErrorFeedback
 from ditherps.metrics import DOWN, UP, WorkerMetrics
 from ditherps.text import one_line
@@ -25,31 +24,36 @@ from ditherps.v1 import types_pb2
 from ditherps_worker.client import Client, PushStats
 from ditherps_worker.compute import Computer
 from ditherps_worker.held import HeldModel
-from ditherps_worker.kept import KeptState
+from ditherps_worker.kept import Encoded, KeptState
 from ditherps_worker.limits import ROLES, accepted, check_plan, codecs_of, stated
 
 log = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_SECONDS, _LAST_BACKOFF_SECONDS = 0.2, 5.0
 _JOIN_AGAIN = (Reason.WRONG_JOB, Reason.WRONG_EPOCH, Reason.NOT_JOINED)
+_CUT_OFF = (Reason.IDLE_TIMEOUT, Reason.DIGEST_MISMATCH)
+"""What was sent stood still on its way, or was changed on it: as good as a lost connection."""
 _NO_ROOM = (
     Reason.MEMBERS_FULL, Reason.STAGING_FULL, Reason.DISK_FULL, Reason.JOIN_RATE, Reason.TOO_MANY_STREAMS,
 )  # fmt: skip
 """The server has no room now, and may have it soon."""
+_NO_ROOM_FOR_CONTENT = (Reason.STAGING_FULL, Reason.DISK_FULL)
 _LARGEST_RESULTS = 64
 """Ends of rounds that are kept for who has not looked yet."""
 
 MakeComputer = Callable[[JobConfig, int], Computer]
 
 
-@dataclass(slots=True)
-class Encoded:
-    """A contribution that may have to be sent again: same plan, same bytes."""
+class _Backoff:
+    """Pauses that grow, and are jittered."""
 
-    plan: tuple[int, int, int, int]
-    update: bytes | memoryview
-    buffers: bytes
-    stats: PushStats
+    def __init__(self) -> None:
+        self._seconds = _FIRST_BACKOFF_SECONDS
+
+    async def pause(self) -> None:
+        """The next one."""
+        await asyncio.sleep(self._seconds * random.uniform(0.5, 1.5))
+        self._seconds = min(2 * self._seconds, _LAST_BACKOFF_SECONDS)
 
 
 class State:
@@ -77,15 +81,23 @@ class State:
         self.lost = error
         self._changed.set()
 
-    async def changed(self) -> pb.WatchResponse:
-        """The newest state, once there is one that has not been seen; raises what broke the stream.
+    def still_open(self, plan: types_pb2.RoundPlan) -> bool:
+        """Whether this attempt of the round is open, as far as this worker knows; raises what broke the stream."""
+        if self.lost is not None and not self._is_last_word:
+            raise self.lost
+        opened = self.latest.opened
+        return self.latest.HasField("opened") and (opened.round, opened.attempt) == (plan.round, plan.attempt)
 
-        The end of the job, or its suspension, is the last word: that the stream ends after it says nothing.
-        """
+    @property
+    def _is_last_word(self) -> bool:
+        """The end of the job, or its suspension: that the stream ends after it says nothing."""
+        return self.latest.HasField("finished") or self.latest.phase == types_pb2.PHASE_SUSPENDED
+
+    async def changed(self) -> pb.WatchResponse:
+        """The newest state, once there is one that has not been seen; raises what broke the stream."""
         await self._changed.wait()
         self._changed.clear()
-        last_word = self.latest.HasField("finished") or self.latest.phase == types_pb2.PHASE_SUSPENDED
-        if self.lost is not None and not last_word:
+        if self.lost is not None and not self._is_last_word:
             raise self.lost
         return self.latest
 
@@ -115,32 +127,34 @@ class Loop:
         """Until the job is over.
 
         A lost connection is made anew, with a jittered, growing pause, for at most `connect_timeout_seconds`; so is one
-        that brought broken content, as long in all without a state that this worker could act on. A server without room
-        is asked again as long: who had this worker's place may not have been missed yet.
+        that brought or took broken content, as long in all without a state that this worker could act on. A server
+        without room is asked again as long: who had this worker's place may not have been missed yet.
 
         Raises `RefusedError`, `UnreachableError`, `PayloadError`, `RunFailedError`.
         """
         limit_seconds, said = self._config.connect_timeout_seconds, ""
-        backoff, lost_since = _FIRST_BACKOFF_SECONDS, math.inf
+        backoff, lost_since, began = _Backoff(), math.inf, time.monotonic()
         while True:
             self._progressed = False
             lost_seconds = max(0.0, time.monotonic() - lost_since)
             try:
                 return await self._session(max(_FIRST_BACKOFF_SECONDS, limit_seconds - lost_seconds))
             except (UnreachableError, RefusedError, PayloadError) as error:
-                if isinstance(error, RefusedError) and error.reason not in (*_JOIN_AGAIN, *_NO_ROOM):
+                if isinstance(error, RefusedError) and error.reason not in (*_JOIN_AGAIN, *_CUT_OFF, *_NO_ROOM):
+                    raise
+                if isinstance(error, HandshakeError) and not self._job_id:
                     raise
                 now = time.monotonic()
                 if self._progressed or lost_since == math.inf:
-                    backoff, lost_since, said = _FIRST_BACKOFF_SECONDS, now, ""
-                if not (self._job_id or isinstance(error, RefusedError)) or now - lost_since > limit_seconds:
+                    # A first Join has waited for the server already.
+                    backoff, lost_since, said = _Backoff(), now if self._job_id else began, ""
+                if now - lost_since >= limit_seconds:
                     raise
                 if str(error) != said:
                     said = str(error)
                     log.warning("%s; trying again for at most %g s", said, limit_seconds - (now - lost_since))
             self._metrics.reconnects.inc()
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.5))
-            backoff = min(2 * backoff, _LAST_BACKOFF_SECONDS)
+            await backoff.pause()
 
     async def _session(self, join_seconds: float) -> types_pb2.JobResult:
         joined = await self._client.join(self._lease_key, join_seconds)
@@ -175,7 +189,7 @@ class Loop:
             await self._leave(Reason.INTERRUPTED)
             raise
         except (RefusedError, RunFailedError) as error:
-            if error.reason not in _NO_ROOM:  # else it stays, and comes back at once
+            if error.reason not in (*_CUT_OFF, *_NO_ROOM):  # else it stays, and comes back at once
                 await self._leave(error.reason)
             raise
         except BaseException:
@@ -215,7 +229,7 @@ class Loop:
         self._codec = self._codec.for_layout(layout)
         if job.error_feedback:
             self._feedback = ErrorFeedback(self._codec, layout.coordinates)
-            await asyncio.to_thread(self._kept.restore, self._feedback, joined.fence.job_id)
+            self._sent = await asyncio.to_thread(self._kept.restore, self._feedback, joined.fence.job_id, joined.index)
         self._job_id, self._index, self._epoch = joined.fence.job_id, joined.index, joined.fence.server_epoch
         self._metrics.joined(job.member_table[joined.index])
         log.info("joined job %s as worker %d of %d", self._job_id, joined.index, job.workers)
@@ -267,7 +281,7 @@ class Loop:
         if not encoded or self._held.doubted or self._evaluation_due(plan):
             try:
                 if await self._hold(self._held, plan.base_version):
-                    encoded = False  # of another w than the server's
+                    self._sent, encoded = None, False  # of another w than the server's
             except RefusedError as error:
                 if error.reason is not Reason.VERSION_UNAVAILABLE:
                     raise
@@ -283,21 +297,20 @@ class Loop:
                 self._held.forget()  # computing changes the model, and puts it back at its end only
                 raise
         assert self._sent is not None
-        newest = state.latest
-        if newest.HasField("finished"):
-            return
-        if newest.HasField("opened") and (newest.opened.round, newest.opened.attempt) != (plan.round, plan.attempt):
+        if not state.still_open(plan):
             return  # too late: the round has gone on without us
         began = time.perf_counter()
         try:
-            counted = await self._client.push(plan, self._sent.update, self._sent.buffers, self._sent.stats)
+            counted = await self._push(plan, self._sent, state)
         except RefusedError as error:
-            if self._feedback is None or error.reason is not Reason.CONFLICTING_CONTRIBUTION:
+            if error.reason is not Reason.CONFLICTING_CONTRIBUTION:
                 raise
-            # What this worker sent before it was started again stands; the error that was in it is lost.
+            # What this worker sent before it was started again stands: the same, but for what a GPU or lost feedback
+            # makes of it. The error that was in it is lost.
             log.warning("round=%d has another contribution of this worker: %s", plan.round, error)
-            self._feedback.commit(included=False)
-            self._sent = None
+            if self._feedback is not None:
+                self._feedback.commit(included=False)
+                self._sent = None
             return
         self._metrics.push_seconds.observe(time.perf_counter() - began)
         size = len(self._sent.update) + len(self._sent.buffers)
@@ -305,17 +318,35 @@ class Loop:
         self._metrics.values.labels(UP, job.codec).inc(self._computer.model.layout.coordinates)
         log.debug("pushed round=%d bytes=%d counted=%s", plan.round, size, counted)
 
+    async def _push(self, plan: types_pb2.RoundPlan, sent: Encoded, state: State) -> bool:
+        """Send a contribution while its round is open, which is also how long a server without room is asked again.
+
+        Whether it counts.
+        """
+        backoff, said = _Backoff(), False
+        while state.still_open(plan):
+            try:
+                return await self._client.push(plan, sent.update, sent.buffers, sent.stats)
+            except RefusedError as error:
+                if error.reason not in _NO_ROOM_FOR_CONTENT:
+                    raise
+                if not said:
+                    log.warning("round=%d: %s; trying again while the round is open", plan.round, error)
+                said = True
+            await backoff.pause()
+        return False
+
     async def _hold(self, held: HeldModel, version: int) -> bool:
-        """Bring version `version` of w into the model; whether it came whole."""
-        whole = False
+        """Bring version `version` of w into the model; whether this shows that the one held was not the server's."""
+        other = False
         if held.version != version or held.doubted:
-            began, before = time.perf_counter(), held.version
+            began, before, doubted = time.perf_counter(), held.version, held.doubted
             digest = held.digest_due()
             if digest:
                 log.debug("holds version=%d digest=%s", before, digest.hex())
             header = await self._client.pull(before, version, digest, held.room)
             pulled = await asyncio.to_thread(held.take, header)
-            whole = pulled.snapshot
+            other = pulled.snapshot and doubted
             if pulled.snapshot and before is not None:
                 log.info("got version %d whole: version %d was too far back, or not the server's", version, before)
             self._metrics.pull_seconds.observe(time.perf_counter() - began)
@@ -323,7 +354,7 @@ class Loop:
                 self._metrics.payload_bytes.labels(DOWN, codec).inc(size)
                 self._metrics.values.labels(DOWN, codec).inc(models * held.coordinates)
         held.restore_buffers()
-        return whole
+        return other
 
     def _evaluation_due(self, plan: types_pb2.RoundPlan) -> bool:
         """Each server needs to be told once: one that was started again has forgotten."""
@@ -341,9 +372,9 @@ class Loop:
         )  # fmt: skip
         self._evaluated = self._epoch, version
 
-    def _keep(self, feedback: ErrorFeedback) -> None:
+    def _keep(self, feedback: ErrorFeedback, sent: Encoded) -> None:
         try:
-            self._kept.save(feedback, self._job_id)
+            self._kept.save(feedback, sent, self._job_id, self._index)
         except OSError as error:
             log.warning("error feedback is not kept, and would be lost with this process: %s", error)
 
@@ -363,7 +394,6 @@ class Loop:
                 # It did not enter: the server says so of a round that has ended, and always tells the last that did.
                 self._feedback.commit(included=False)
             encoded, vector = self._feedback.encode(vector, address, name=name_at), self._feedback.corrected
-            self._keep(self._feedback)
         encode_seconds = time.perf_counter() - began
         energy = float(torch.dot(vector, vector))
         error = codec.expected_squared_error(encoded)
@@ -375,4 +405,7 @@ class Loop:
         self._metrics.encode_seconds.observe(encode_seconds)
         self._metrics.train_loss.set(update.loss)
         stats = PushStats(update.samples, update.loss, nmse, update.seconds, encode_seconds)
-        return Encoded(identity, encoded.data.data, update.buffers, stats)
+        sent = Encoded(identity, encoded.data.data, update.buffers, stats)
+        if self._feedback is not None:
+            self._keep(self._feedback, sent)
+        return sent
