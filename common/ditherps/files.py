@@ -16,18 +16,18 @@ LOCK_FILE = "lock"
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
     """A file to be written that takes the place of `path`, synced, when the context ends; until then that one stays.
 
-    Only its owner can read it. What a writer that was killed has left behind is removed first. Raises `OSError` where
-    there is no room or no permission: nothing of the new file is there then; if only the folder could not be synced,
-    it is there whole.
+    Only its owner can read it, unless `mode` says more (the process's mask takes away from that). What a writer that
+    was killed has left behind is removed first. Raises `OSError` where there is no room or no permission: nothing of
+    the new file is there then; if only the folder could not be synced, it is there whole.
     """
     _remove_parts(path)
     # A name of its own: a writer that should be dead, but is not, cannot spoil what this one puts in place.
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
-        with open(part, "xb", opener=_private) as file:
+        with open(part, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -60,10 +60,6 @@ def claimed(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"another process uses the folder {folder}: end it, or choose another folder") from None
         yield
-
-
-def _private(name: str, flags: int) -> int:
-    return os.open(name, flags, 0o600)
 
 
 def _remove_parts(path: Path) -> None:
