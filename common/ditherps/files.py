@@ -19,9 +19,9 @@ LOCK_FILE = "lock"
 def replacing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
     """A file to be written that takes the place of `path`, synced, when the context ends; until then that one stays.
 
-    `mode`: who may read it; by default only its owner. What a writer that was killed has left behind is removed first.
-    Raises `OSError` where there is no room or no permission: nothing of the new file is there then; if only the folder
-    could not be synced, it is there whole.
+    Only its owner can read it, unless `mode` says more (the process's mask takes away from that). What a writer that
+    was killed has left behind is removed first. Raises `OSError` where there is no room or no permission: nothing of
+    the new file is there then; if only the folder could not be synced, it is there whole.
     """
     _remove_parts(path)
     # A name of its own: a writer that should be dead, but is not, cannot spoil what this one puts in place.

@@ -44,7 +44,7 @@ from ditherps_server.health import Health
 from ditherps_server.interceptor import ErrorInterceptor
 from ditherps_server.members import Members
 from ditherps_server.model import ServerModel
-from ditherps_server.records import Recorder, RunResult
+from ditherps_server.records import Recorder, RunResult, finished
 from ditherps_server.redo import NoLog, RedoLog
 from ditherps_server.replay import Restored, begin_log, replay
 from ditherps_server.rounds import Rules
@@ -67,8 +67,11 @@ UNARY_AT_ONCE = 96
 async def serve(
     job: JobConfig, config: ServerConfig, task: Task, on_round: Callable[[dict[str, Any]], None] | None = None
 ) -> RunResult:
-    """`serve_in` a run folder that no other server has."""
+    """`serve_in` a run folder that no other server has; with `resume`, the result of a job that is over already."""
     with claimed(config.run_dir):
+        if config.resume and (result := finished(config.run_dir, job)) is not None:
+            log.info("the job in %s is over: nothing to go on with", config.run_dir)
+            return result
         return await serve_in(job, config, task, on_round)
 
 
@@ -194,7 +197,7 @@ async def serve_in(
         model.save(config.run_dir / "model.safetensors")
     recorder.finish(result)
     if reason is Reason.FINISHED:
-        saver.discard()
+        saver.discard()  # all that it led to is on disk
     if reason not in (Reason.FINISHED, Reason.SUSPENDED):
         because = coordinator.failure or _EXPLAINED.get(reason, reason)
         raise RunFailedError(reason, f"the run ended at round {model.version} of {job.rounds}: {because}")

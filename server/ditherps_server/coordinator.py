@@ -159,7 +159,9 @@ class Coordinator:
         """The stream of changes for a worker, beginning with the present state."""
         entered = self._entered.get(index)
         told = (_result(entered), frozenset([index])) if entered else None
-        return self._watchers.begin(index, self._response(index, told))
+        stream = self._watchers.begin(index, self._response(index, told))
+        self._handle(rounds.Listening(index))
+        return stream
 
     def admit(self, index: int, header: pb.PushHeader) -> Contribution:
         """Check what a Push announces and make room for it.

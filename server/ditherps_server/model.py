@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from ditherps import downlink
 from ditherps.errors import UserError
+from ditherps.files import replacing
 from ditherps.layout import FlatModel, Layout, model_sha256
 
 
@@ -100,9 +101,9 @@ class ServerModel:
         self._model.load_buffers(self._buffers)
         tensors = {name: tensor.detach().clone() for name, tensor in self._model.module.named_parameters()}
         tensors |= {name: tensor.detach().clone() for name, tensor in self._model.module.named_buffers()}
-        unfinished = path.with_name(path.name + ".part")
-        save_file(tensors, unfinished, metadata={"version": str(self.version), "model_sha256": self.sha256})
-        unfinished.replace(path)
+        metadata = {"version": str(self.version), "model_sha256": self.sha256}
+        with replacing(path, 0o666) as file:
+            file.write(save(tensors, metadata=metadata))
 
     def copy_into(self, other: FlatModel) -> None:
         """Set another model of the same layout to the exact one."""

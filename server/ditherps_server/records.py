@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import Any
 import tomli_w
 
 from ditherps.config import JobConfig
-from ditherps.errors import UserError
+from ditherps.errors import Reason, UserError
 from ditherps.files import replacing
+from ditherps_server.checkpoint import differences
 
 log = logging.getLogger(__name__)
+
+RESULT_FILE = "result.json"
 
 
 @dataclass(slots=True)
@@ -137,7 +141,7 @@ class Recorder:
         for damaged records, and with `nothing_lost` where later rounds have been recorded.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        for leftover in ("result.json", "model.safetensors"):
+        for leftover in (RESULT_FILE, "model.safetensors"):
             (self.run_dir / leftover).unlink(missing_ok=True)
         (self.run_dir / "job.toml").write_text(tomli_w.dumps(job.model_dump(mode="json")))
         found = self._found() if version else {}
@@ -193,6 +197,31 @@ class Recorder:
             self._unwritten.clear()
 
     def finish(self, result: RunResult) -> None:
-        """Write the result, after what is left of the records."""
-        self._write()
-        (self.run_dir / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
+        """Write the result; returns when it is on disk, and the records before it. Raises `OSError`."""
+        self.sync()
+        with replacing(self.run_dir / RESULT_FILE, 0o666) as file:
+            file.write((json.dumps(asdict(result), indent=2) + "\n").encode())
+
+
+def finished(run_dir: Path, job: JobConfig) -> RunResult | None:
+    """The result of a job that is over, from its run folder; None where there is none, or the run can go on.
+
+    Raises `UserError` where the folder holds another job's, or it cannot be read.
+    """
+    path = run_dir / RESULT_FILE
+    try:
+        values = json.loads(path.read_text())
+        if values["reason"] != Reason.FINISHED:
+            return None
+        result = RunResult(**values)
+        then = JobConfig.model_validate(tomllib.loads((run_dir / "job.toml").read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}, or the job.toml beside it, cannot be read ({error}): move it away") from None
+    if changed := differences(then, job):
+        raise UserError(
+            f"{path} is of another job, which is over ({'; '.join(changed)}): choose another folder, or begin anew "
+            "without --resume"
+        )
+    return result

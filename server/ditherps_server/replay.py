@@ -53,7 +53,11 @@ class Restored:
 
         The workers of an open round count as present until they are silent for too long: they were a moment ago.
         """
-        state = rounds.State(since=now, round=self.version, version=self.version)
+        last = frozenset(index for index, entered in self.entered.items() if entered.version == self.version)
+        state = rounds.State(
+            since=now, round=self.version, version=self.version,
+            returning=last if self.version >= rules.rounds else frozenset(),
+        )  # fmt: skip
         if self.opened is None:
             return state
         was = self.opened

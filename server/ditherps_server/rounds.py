@@ -19,6 +19,7 @@ from ditherps.errors import Reason
 
 SERVER_EVALUATES = -1
 """Stands for the server where a plan names its evaluator."""
+RETURN_SECONDS = 10.0
 
 
 class Phase(enum.StrEnum):
@@ -127,6 +128,8 @@ class State:
     """Abandoned attempts at the present round."""
     empty_since: float | None = None
     """When the last worker went; None while one is here."""
+    returning: frozenset[int] = frozenset()
+    """After the last round of a job that another server had begun: workers that were in it, and do not listen yet."""
     suspend_at: float | None = None
     """When the run is suspended at the latest, where that was asked for: until then the open round may close."""
 
@@ -150,6 +153,13 @@ class Left:
 
     index: int
     reason: Reason = Reason.LEFT
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """A worker is told of every change from now on."""
+
+    index: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +219,9 @@ class Suspend:
     at: float
 
 
-Event = Joined | Left | Seen | Delivered | Evaluated | Applied | Unusable | Unwritten | Tick | Stop | Suspend
+Event = (
+    Joined | Left | Listening | Seen | Delivered | Evaluated | Applied | Unusable | Unwritten | Tick | Stop | Suspend
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +272,8 @@ def step(rules: Rules, state: State, event: Event, now: float) -> tuple[State, t
         case Left(index, reason) if index in state.members:
             gone = replace(state.members[index], present=False, why_absent=reason)
             state = _with_member(state, index, gone)
+        case Listening(index):
+            state = replace(state, returning=state.returning - {index})
         case Seen(index) if index in state.members:
             # Presence is for Joined alone: a worker that was declared silent comes back by joining again.
             return _with_member(state, index, replace(state.members[index], last_seen=now)), ()
@@ -293,6 +307,10 @@ class Waiting(NamedTuple):
 def waiting(rules: Rules, state: State, now: float) -> Waiting:
     """What the server waits for at time `now` (seconds)."""
     match state.phase:
+        case Phase.WAITING if state.round >= rules.rounds:
+            left = max(0.0, state.since + _return_seconds(rules) - now)
+            sentence = f"{len(state.returning)} workers to come back before the run is over, at most {left:.0f} s"
+            return Waiting(Awaited.FAREWELL, state.since, sentence)
         case Phase.WAITING:
             return _waiting_for_workers(rules, state, now)
         case Phase.OPEN:
@@ -509,10 +527,17 @@ def _next(rules: Rules, state: State, now: float) -> tuple[State, tuple[Action, 
     """Open the next round, or wait for who is needed for it; after the last one evaluate, and finish."""
     if state.round < rules.rounds:
         return _try_open(rules, state, now) if state.suspend_at is None else _suspend(state, now)
+    if state.returning and state.suspend_at is None and now - state.since < _return_seconds(rules):
+        return state, ()
     if state.round == rules.rounds and _evaluator(rules, state, ()) is not None:
         # One past the last round nobody is invited: it is there to evaluate the final model.
         return _open(rules, state, (), now)
     return _finish(state, Reason.FINISHED, now)
+
+
+def _return_seconds(rules: Rules) -> float:
+    """For how long workers may come back to hear that the run is over."""
+    return min(rules.join_timeout_seconds, RETURN_SECONDS)
 
 
 def _finish(state: State, reason: Reason, now: float) -> tuple[State, tuple[Action, ...]]:

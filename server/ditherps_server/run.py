@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ditherps.config import JobConfig, ServerConfig
-from ditherps.errors import Reason
+from ditherps.errors import Reason, RunFailedError
 from ditherps.logs import logs_json
 from ditherps.memory import keep_freed_memory
 from ditherps.summary import print_summary
@@ -22,21 +21,21 @@ def run_server(job: JobConfig, config: ServerConfig, task: Task) -> dict[str, An
     import uvloop
 
     keep_freed_memory()
-    (config.run_dir / "result.json").unlink(missing_ok=True)  # of an earlier run in this folder
     shown = SilentView() if logs_json() else view(job)
     try:
         with shown:
             result = uvloop.run(serve(job, config, task, shown.show))
-    finally:
-        if _ended(config.run_dir / "result.json"):
-            # Matplotlib takes a second to load: only now, when nobody waits for a round.
-            from ditherps.plots import plot_run
-
-            plot_run(config.run_dir)
+    except RunFailedError:
+        _plot(config.run_dir)
+        raise
+    if result.reason != Reason.SUSPENDED:  # it goes on, and whoever suspended it does not wait for plots
+        _plot(config.run_dir)
     print_summary(asdict(result))
     return asdict(result)
 
 
-def _ended(result: Path) -> bool:
-    """Whether a run has ended; one that is suspended goes on, and whoever suspended it does not wait for plots."""
-    return result.exists() and json.loads(result.read_text())["reason"] != Reason.SUSPENDED
+def _plot(run_dir: Path) -> None:
+    # Matplotlib takes a second to load: only now, when nobody waits for a round.
+    from ditherps.plots import plot_run
+
+    plot_run(run_dir)

@@ -12,7 +12,7 @@ import pytest
 
 from ditherps.config import JobConfig
 from ditherps.errors import UserError
-from ditherps_server.records import Recorder, RoundRecord
+from ditherps_server.records import RESULT_FILE, Recorder, RoundRecord, RunResult, finished
 
 JOB = JobConfig()
 
@@ -65,3 +65,31 @@ def test_damaged_records_are_named(tmp_path: Path) -> None:
     (tmp_path / "rounds.jsonl").write_text('{"version": 1}\nwhat?\n{"version": 2}\n')
     with pytest.raises(UserError, match=r"rounds\.jsonl is damaged"):
         Recorder(tmp_path).start(JOB, 2)
+
+
+def result(**changes: Any) -> RunResult:
+    values: dict[str, Any] = {field.name: 0 for field in fields(RunResult)}
+    return RunResult(**values | {"reason": "finished", **changes})
+
+
+def test_a_finished_run_is_found_again(tmp_path: Path) -> None:
+    assert finished(tmp_path, JOB) is None
+    recorder = Recorder(tmp_path)
+    recorder.start(JOB)
+    recorder.finish(result(reason="suspended"))
+    assert finished(tmp_path, JOB) is None
+    recorder.finish(result(rounds=7))
+    assert finished(tmp_path, JOB) == result(rounds=7)
+    with pytest.raises(UserError, match=r"another job, which is over .*seed: .* then, 2 now"):
+        finished(tmp_path, JOB.model_copy(update={"seed": 2}))
+    (tmp_path / RESULT_FILE).write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        finished(tmp_path, JOB)
+
+
+def test_records_that_found_no_room_are_there_at_the_end(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path)
+    recorder.start(JOB)
+    recorder._unwritten.append('{"version": 1}\n')
+    recorder.finish(result())
+    assert versions(tmp_path) == [1]

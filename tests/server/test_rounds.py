@@ -24,6 +24,7 @@ from ditherps_server.rounds import (
     FinishRun,
     Joined,
     Left,
+    Listening,
     OpenRound,
     Phase,
     Rules,
@@ -380,6 +381,38 @@ class TestAServerThatGoesOn:
             state, done = run(rules, [(1.0, Evaluated()), (1.0, Applied(rules.rounds))], state)
         assert state.phase is Phase.FINISHED
         assert done[-1] == FinishRun(Reason.FINISHED)
+
+    LAST = State(round=RULES.rounds, version=RULES.rounds, returning=frozenset({1, 2}))
+
+    @pytest.mark.parametrize(
+        ("schedule", "finished_at"),
+        [
+            ([], 10.0),
+            ([Listening(0), Joined(1, "worker-1"), Joined(2, "worker-2")], 10.0),  # who joined may not listen yet
+            ([Listening(1)], 10.0),
+            ([Listening(1), Listening(2)], 1.0),
+            ([Suspend(500.0)], 1.0),
+            ([Stop(Reason.INTERRUPTED)], 1.0),
+        ],
+    )
+    def test_the_workers_of_the_last_round_are_told_of_the_end(self, schedule: list[Event], finished_at: float) -> None:
+        rules, state = replace(RULES, server_evaluates=False), self.LAST
+        state, done = run(rules, [(0.0, Tick()), *((1.0, event) for event in schedule)], state)
+        if finished_at > 1:
+            assert waiting(rules, state, 1.0).sentence.endswith("to come back before the run is over, at most 9 s")
+            state, done = run(rules, [(9.9, Tick())], state)
+            assert done == []
+            state, done = run(rules, [(10.0, Tick())], state)
+        assert isinstance(done[0], OpenRound if len(state.present) else FinishRun)
+
+    def test_a_worker_that_came_back_evaluates_the_last_version(self) -> None:
+        rules = replace(RULES, server_evaluates=False)
+        state, done = run(rules, [(0.0, Tick()), *joins(3, 1.0)], self.LAST)
+        assert done == []
+        state, done = run(rules, [(2.0, Listening(2)), (2.0, Listening(1))], state)
+        (opened,) = done
+        assert isinstance(opened, OpenRound)
+        assert opened.plan.evaluator == 0
 
 
 class TestWhoIsInvited:

@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from ditherps.config import ServerConfig
 from ditherps.errors import Reason
+from ditherps.v1 import parameter_server_pb2 as pb
+from ditherps_server.app import serve
 from ditherps_server.redo import RedoLog
 from ditherps_server.saving import CHECKPOINT_FILE
-from tests.service.inprocess import CALL_SECONDS, Peer, serving
+from tests.service.inprocess import CALL_SECONDS, Peer, answered, serving
 from tests.tiny import Tiny
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -83,3 +86,27 @@ async def test_a_round_that_finds_no_room_is_left_to_the_next_server(
         async with asyncio.timeout(CALL_SECONDS):
             result = await asyncio.shield(served.running)
         assert (result.reason, result.contributions) == (Reason.FINISHED, 1)
+
+
+async def test_after_the_last_round_the_next_server_lets_workers_come_back(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"workers": 1, "rounds": 1, "evaluator": "worker"}
+    async with serving(tmp_path, **options) as served, Peer(served.address) as a:
+        await a.join("worker-0", lease_key=b"k" * 16)
+        plan = await a.plan()
+        await answered(a.stub.Report(pb.ReportRequest(fence=a.fence, evaluation=pb.Evaluation(version=0, samples=50))))
+        update = a.update(plan)
+        assert (await a.push(a.header(plan, update), update)).HasField("accepted")
+        await served.reached(1)
+    async with serving(tmp_path, server={"resume": True}, **options) as served, Peer(served.address) as a:
+        assert "1 workers to come back before the run is over" in (await a.status()).waiting_for
+        await a.join("worker-0", lease_key=b"k" * 16)
+        plan = await a.plan()
+        assert (plan.round, plan.evaluate) == (1, True)
+        evaluation = pb.Evaluation(version=1, loss=1.0, accuracy=0.5, samples=50)
+        await answered(a.stub.Report(pb.ReportRequest(fence=a.fence, evaluation=evaluation)))
+        async with asyncio.timeout(CALL_SECONDS):
+            result = await asyncio.shield(served.running)
+        assert (result.reason, result.test_accuracy) == (Reason.FINISHED, 0.5)
+    assert not (tmp_path / CHECKPOINT_FILE).exists()
+    config = ServerConfig(run_dir=tmp_path, port=0, metrics_port=-1, resume=True)
+    assert await serve(served.job, config, Tiny()) == result  # whoever starts it once more begins nothing anew
