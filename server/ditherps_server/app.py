@@ -60,19 +60,28 @@ DRAIN_SECONDS = 5.0
 
 
 async def serve(
-    job: JobConfig, config: ServerConfig, task: Task, on_round: Callable[[dict[str, Any]], None] | None = None
+    job: JobConfig,
+    config: ServerConfig,
+    task: Task,
+    on_round: Callable[[dict[str, Any]], None] | None = None,
+    on_started: Callable[[], None] | None = None,
 ) -> RunResult:
     """`serve_in` a run folder that no other server has."""
     with claimed(config.run_dir):
-        return await serve_in(job, config, task, on_round)
+        return await serve_in(job, config, task, on_round, on_started)
 
 
 async def serve_in(
-    job: JobConfig, config: ServerConfig, task: Task, on_round: Callable[[dict[str, Any]], None] | None = None
+    job: JobConfig,
+    config: ServerConfig,
+    task: Task,
+    on_round: Callable[[dict[str, Any]], None] | None = None,
+    on_started: Callable[[], None] | None = None,
 ) -> RunResult:
     """Serve one job until it is over, and return its result.
 
-    `on_round` gets each record of `rounds.jsonl`. Raises `UserError` for what a person has to change before anything
+    `on_round` gets each record of `rounds.jsonl`; `on_started` is called once everything is in memory, before anybody
+    is let in. Raises `UserError` for what a person has to change before anything
     starts, and `RunFailedError` when the run ends without its result (what there is of it is written all the same).
     """
     tokens = TokenFile(config.token_file) if config.token_file else None
@@ -147,6 +156,8 @@ async def serve_in(
     recorder.start(job, model.version, restored.records, nothing_lost=nothing_lost)
     saver.begin(restored.leases, restored.entered, accounts.saved(time.monotonic()))
     begin_log(redo, redo_path, restored)
+    if on_started is not None:
+        on_started()
     await server.start()
     for name in ("", wire.SERVICE.full_name):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
