@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 
 # malloc.h of glibc.
@@ -22,3 +23,14 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
         mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_KEPT_BYTES)
+
+
+def keep_what_is_here() -> None:
+    """What lives now, as long as the process does, is no longer looked at by the collector of cyclic garbage.
+
+    Call it at the end of a start: torch and numba are half a million objects. CPython collects only once a quarter as
+    many are new, and then looks at all of them; until then each refused RPC stays with its frames and messages, since
+    gRPC's exception holds itself, and the look at all of them stops a server for a quarter of a second.
+    """
+    gc.collect()
+    gc.freeze()

@@ -214,7 +214,7 @@ def parser(kind: type[Message]) -> Callable[[bytes], Any]:
 def checked(message: Any) -> Any:
     """A received message as it is; raises the `PayloadError` that stands in place of one that could not be parsed."""
     if isinstance(message, PayloadError):
-        raise message
+        raise PayloadError(str(message), message.reason)  # anew: an exception that its own frames hold is a cycle
     return message
 
 

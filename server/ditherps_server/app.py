@@ -65,22 +65,31 @@ UNARY_AT_ONCE = 96
 
 
 async def serve(
-    job: JobConfig, config: ServerConfig, task: Task, on_round: Callable[[dict[str, Any]], None] | None = None
+    job: JobConfig,
+    config: ServerConfig,
+    task: Task,
+    on_round: Callable[[dict[str, Any]], None] | None = None,
+    on_started: Callable[[], None] | None = None,
 ) -> RunResult:
     """`serve_in` a run folder that no other server has; with `resume`, the result of a job that is over already."""
     with claimed(config.run_dir):
         if config.resume and (result := finished(config.run_dir, job)) is not None:
             log.info("the job in %s is over: nothing to go on with", config.run_dir)
             return result
-        return await serve_in(job, config, task, on_round)
+        return await serve_in(job, config, task, on_round, on_started)
 
 
 async def serve_in(
-    job: JobConfig, config: ServerConfig, task: Task, on_round: Callable[[dict[str, Any]], None] | None = None
+    job: JobConfig,
+    config: ServerConfig,
+    task: Task,
+    on_round: Callable[[dict[str, Any]], None] | None = None,
+    on_started: Callable[[], None] | None = None,
 ) -> RunResult:
     """Serve one job until it is over, and return its result.
 
-    `on_round` gets each record of `rounds.jsonl`. Raises `UserError` for what a person has to change before anything
+    `on_round` gets each record of `rounds.jsonl`; `on_started` is called once everything is in memory, before anybody
+    is let in. Raises `UserError` for what a person has to change before anything
     starts, and `RunFailedError` when the run ends without its result (what there is of it is written all the same).
     """
     tokens = TokenFile(config.token_file) if config.token_file else None
@@ -166,6 +175,8 @@ async def serve_in(
     saver.begin(restored.leases, restored.entered, accounts.saved(time.monotonic()))
     if origin.resumed:
         begin_log(redo, redo_path, restored)
+    if on_started is not None:
+        on_started()
     await server.start()
     for name in ("", wire.SERVICE.full_name):
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)

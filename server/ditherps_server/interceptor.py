@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -101,7 +101,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
         return answer
 
-    async def _abort(self, context: Context, error: Exception) -> NoReturn:
+    async def _abort(self, context: Context, error: Exception) -> None:
+        """Answer with a status; gRPC sends nothing that a handler returns after it."""
         if isinstance(error, (RefusedError, PayloadError)):
             reason, message = error.reason, str(error)
             self._on_refused(reason)
@@ -112,6 +113,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             log.error("an RPC failed unexpectedly", exc_info=error)
             reason, message = Reason.INTERNAL, f"{type(error).__name__} in the server; its log says more"
         # gRPC refuses metadata of more than some kilobytes, and a message may quote what its sender wrote.
-        await context.abort(
-            wire.status_of(reason), one_line(message), trailing_metadata=((wire.REASON_KEY, reason.value),)
-        )
+        try:
+            await context.abort(
+                wire.status_of(reason), one_line(message), trailing_metadata=((wire.REASON_KEY, reason.value),)
+            )
+        except grpc.aio.AbortError as aborted:
+            # gRPC's state of the RPC keeps this exception, which keeps the frames that it passed, and those the state
+            # and the messages: a refused RPC would stay until the collector of cycles comes by.
+            aborted.__traceback__ = aborted.__context__ = None

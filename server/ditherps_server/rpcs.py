@@ -50,13 +50,10 @@ class RpcMeter(grpc.aio.ServerInterceptor):
             began, code = time.perf_counter(), grpc.StatusCode.UNKNOWN.name
             try:
                 answer = await inner(request, context)
-                code = grpc.StatusCode.OK.name
+                code = _name(context.code())
                 return answer
             except asyncio.CancelledError:
                 code = grpc.StatusCode.CANCELLED.name
-                raise
-            except grpc.aio.AbortError:
-                code = _name(context.code())
                 raise
             finally:
                 self._metrics.rpcs.labels(method, code).inc()

@@ -9,7 +9,7 @@ from typing import Any
 from ditherps.config import JobConfig, ServerConfig
 from ditherps.errors import Reason, RunFailedError
 from ditherps.logs import logs_json
-from ditherps.memory import keep_freed_memory
+from ditherps.memory import keep_freed_memory, keep_what_is_here
 from ditherps.summary import print_summary
 from ditherps.tasks import Task
 from ditherps.view import SilentView, view
@@ -24,7 +24,7 @@ def run_server(job: JobConfig, config: ServerConfig, task: Task) -> dict[str, An
     shown = SilentView() if logs_json() else view(job)
     try:
         with shown:
-            result = uvloop.run(serve(job, config, task, shown.show))
+            result = uvloop.run(serve(job, config, task, shown.show, keep_what_is_here))
     except RunFailedError:
         _plot(config.run_dir)
         raise

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -196,3 +198,19 @@ async def test_a_server_does_not_start_with_an_unsafe_rule(tmp_path: Path) -> No
 def test_the_reasons_have_a_status() -> None:
     for reason in (Reason.NORM, Reason.WEIGHT):
         assert wire.status_of(reason) is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@asynchronous
+async def test_a_refused_rpc_leaves_nothing_behind(tmp_path: Path) -> None:
+    """No cycle holds its state and its messages until the collector comes by, which in a server is seldom."""
+    async with serving(tmp_path) as served, Peer(served.address) as peer:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(30):
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await peer.stub.Heartbeat(pb.HeartbeatRequest(fence=types_pb2.Fence(job_id="x")), timeout=20)
+            kept = Counter(type(found).__name__ for found in gc.get_objects())
+        finally:
+            gc.enable()
+        assert kept["HeartbeatRequest"] + kept["RefusedError"] + kept["RPCState"] < 10
