@@ -7,15 +7,18 @@ import gc
 import sys
 
 # malloc.h of glibc.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGEST_KEPT_BYTES = 256 << 20
+_MOST_HEAPS = 2
 
 
 def keep_freed_memory() -> None:
     """Let glibc keep freed blocks of up to 256 MiB instead of giving each back to the kernel at once.
 
     A round frees and takes the same chunks and vectors again; fresh pages cost more than what is copied into them
-    (`ditherps bench rounds` without this: an eighth more processor time). Does nothing where there is no glibc.
+    (`ditherps bench rounds` without this: an eighth more processor time). Threads share two heaps: what one has freed
+    in a heap of its own is no room for another, and a server with many workers grows (`ditherps bench fleet`). Does
+    nothing where there is no glibc.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -23,6 +26,7 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES)
         mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_KEPT_BYTES)
+        mallopt(_M_ARENA_MAX, _MOST_HEAPS)
 
 
 def keep_what_is_here() -> None:
