@@ -63,5 +63,7 @@ class RpcMeter(grpc.aio.ServerInterceptor):
 
 
 def _name(code: Any) -> str:
-    """A status as `context.code()` gives it: as an enum, or as its number."""
+    """A status as `context.code()` gives it: as an enum, as its number, or None where nobody has set one."""
+    if code is None:
+        return grpc.StatusCode.OK.name
     return code.name if isinstance(code, grpc.StatusCode) else _CODES.get(code, grpc.StatusCode.UNKNOWN.name)

@@ -203,7 +203,8 @@ def test_the_reasons_have_a_status() -> None:
 @asynchronous
 async def test_a_refused_rpc_leaves_nothing_behind(tmp_path: Path) -> None:
     """No cycle holds its state and its messages until the collector comes by, which in a server is seldom."""
-    async with serving(tmp_path) as served, Peer(served.address) as peer:
+    async with serving(tmp_path, metrics=True) as served, Peer(served.address) as peer:
+        await peer.status()
         gc.collect()
         gc.disable()
         try:
@@ -214,3 +215,6 @@ async def test_a_refused_rpc_leaves_nothing_behind(tmp_path: Path) -> None:
         finally:
             gc.enable()
         assert kept["HeartbeatRequest"] + kept["RefusedError"] + kept["RPCState"] < 10
+        for method, code, count in (("Status", "OK", 1), ("Heartbeat", "FAILED_PRECONDITION", 30)):
+            series = f'grpc_server_handled_total{{grpc_code="{code}",grpc_method="{method}"}}'
+            assert await served.metric(series) == count
