@@ -72,8 +72,6 @@ class Broadcast:
         """Version and content of the newest bfloat16 snapshot."""
         self._snapshot: tuple[int, Answer] | None = None
         """The newest version that was sent whole."""
-        self._newest_step: tuple[int, Answer] | None = None
-        """The newest version, and what brings to it from the one before."""
         if codec is not None:
             model.part_w()
 
@@ -127,16 +125,13 @@ class Broadcast:
         known = self._digest_at(held) if held is not None and held_digest else None
         mismatch = known is not None and held_digest != known
         way = cheapest(self.history, None if mismatch else held, newest, self._snapshots(newest), STEP_OVERHEAD_BYTES)
-        # Made once for all workers: a snapshot, and the one step that those in the round need. Others are many.
-        if way.snapshot:
-            if self._snapshot is None or self._snapshot[0] != newest:
-                self._snapshot = (newest, _kept(self._made(way, newest)))
-            return replace(self._snapshot[1], mismatch=mismatch)
-        if len(way.steps) != 1:
+        if not way.snapshot:
             return self._made(way, newest)
-        if self._newest_step is None or self._newest_step[0] != newest:
-            self._newest_step = (newest, _kept(self._made(way, newest)))
-        return self._newest_step[1]
+        if self._snapshot is None or self._snapshot[0] != newest:
+            # Made once for all workers; steps cost nothing to send again, and are many.
+            made = self._made(way, newest)
+            self._snapshot = (newest, replace(made, messages=list(made.messages)))
+        return replace(self._snapshot[1], mismatch=mismatch)
 
     def _digest_at(self, version: int) -> bytes | None:
         """None for a version from which no step leads on: then what is held does not matter."""
@@ -167,11 +162,6 @@ class Broadcast:
         messages = itertools.chain([pb.PullResponse(header=header).SerializeToString()], chunks)
         step_bytes = sum(step.nbytes for step in way.steps)
         return Answer(messages, codec, len(parameters), len(way.steps), step_bytes, len(buffers))
-
-
-def _kept(answer: Answer) -> Answer:
-    """The same, to be read more than once."""
-    return replace(answer, messages=list(answer.messages))
 
 
 def _check_finite(model: ServerModel) -> None:
