@@ -324,6 +324,9 @@ class LimitsConfig(_Config):
     or about to be."""
     worker_pulls: int = Field(2, ge=1)
     """Pulls at once of one worker: each may hold a whole model in memory."""
+    window_bytes: int = Field(0, ge=0, le=64 << 20)
+    """How much of a push the server takes ahead; 0: about a chunk. A worker's uplink carries about that much a round
+    trip, so a far and fast link wants more, which costs the server as much memory for each worker."""
 
 
 class ServerConfig(_Config):

@@ -66,6 +66,12 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.http2.bdp_probe", 0),
 ]
 
+
+def window_options(window_bytes: int) -> list[tuple[str, int]]:
+    """A server's options for taking so much of a stream ahead; 0: as little as it can."""
+    return [("grpc.http2.lookahead_bytes", window_bytes)] if window_bytes else []
+
+
 _STATUS: dict[grpc.StatusCode, tuple[Reason, ...]] = {
     grpc.StatusCode.UNAUTHENTICATED: (Reason.UNAUTHENTICATED, Reason.TOKEN_INVALID),
     grpc.StatusCode.PERMISSION_DENIED: (Reason.IDENTITY_MISMATCH,),

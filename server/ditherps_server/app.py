@@ -151,7 +151,8 @@ async def serve_in(
         lambda reason: metrics.refused_rpcs.labels(reason.value).inc(),
     )  # fmt: skip
     server = grpc.aio.server(
-        options=wire.SERVER_OPTIONS, interceptors=[RpcMeter(metrics), interceptor],
+        options=[*wire.SERVER_OPTIONS, *wire.window_options(config.limits.window_bytes)],
+        interceptors=[RpcMeter(metrics), interceptor],
         maximum_concurrent_rpcs=rpcs_at_once(config.limits, job.workers),
     )  # fmt: skip
     # A worker that is busy must not look silent.
