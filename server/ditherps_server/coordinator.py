@@ -122,7 +122,6 @@ class Coordinator:
             await self._durable(self._redo.append(Leased(index=session.index, key=lease_key), kept=False))
         finally:
             self._joining -= Counter([session.index])
-        self.members.check(self.members.fence(session))  # it may have joined again meanwhile
         self._handle(rounds.Joined(session.index, known))
         return session
 

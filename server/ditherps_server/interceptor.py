@@ -23,11 +23,19 @@ log = logging.getLogger(__name__)
 
 
 async def first_message(requests: AsyncIterator[Any], patience: Patience) -> Any:
-    """The message of a unary RPC; raises `PayloadError` where there is none, `RefusedError` where it does not come."""
-    message = await patience.wait(anext(requests, None))
+    """The message of a unary RPC; raises `PayloadError` for none or more, `RefusedError` where it does not come."""
+    message = await patience.wait(_alone(requests))
     if message is None:
         raise PayloadError("the RPC ended before its message came", Reason.SIZE)
     return wire.checked(message)
+
+
+async def _alone(requests: AsyncIterator[Any]) -> Any:
+    message = await anext(requests, None)
+    # To the end: gRPC keeps what belongs to a stream of which something may be left.
+    if message is not None and await anext(requests, None) is not None:
+        raise PayloadError("the RPC takes one message", Reason.SIZE)
+    return message
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):

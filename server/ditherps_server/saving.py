@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 OLD_CHECKPOINT_FILE = "checkpoint.old.safetensors"
-REDO_FILE = "redo.log"
-OLD_REDO_FILE = "redo.old.log"
+REDO_FILE = "redo.bin"
+OLD_REDO_FILE = "redo.old.bin"
 CHECKPOINTS_IN_A_RUN = 20
 LEAST_ROUNDS_BETWEEN = 10
 

@@ -63,14 +63,14 @@ def found(path: Path, job_id: str = "job") -> list[tuple[Record, bytes]]:
 
 
 async def test_what_was_appended_comes_back_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "redo.log"
+    path = tmp_path / "redo.bin"
     (await written(path, RECORDS)).close()
     assert found(path) == [(Began(job_id="job"), b""), *RECORDS]
     assert path.stat().st_mode & 0o777 == 0o600
 
 
 async def test_nan_comes_back(tmp_path: Path) -> None:
-    path = tmp_path / "redo.log"
+    path = tmp_path / "redo.bin"
     lost = Contributed(announcement=Announcement(0, 0, 0, Role.SOURCE, 1, 0, bytes(16), 1), accounts={})
     (await written(path, [(lost, b"x")])).close()
     _, (record, _) = found(path)
@@ -80,7 +80,7 @@ async def test_nan_comes_back(tmp_path: Path) -> None:
 
 
 async def test_wherever_it_is_cut_off_what_is_before_comes_back(tmp_path: Path) -> None:
-    path = tmp_path / "redo.log"
+    path = tmp_path / "redo.bin"
     (await written(path, RECORDS)).close()
     whole, ends = path.read_bytes(), [logged.end for logged in read(path, "job")]
     for size in {
@@ -94,7 +94,7 @@ async def test_wherever_it_is_cut_off_what_is_before_comes_back(tmp_path: Path) 
 
 
 async def test_a_flipped_bit_ends_it_there(tmp_path: Path) -> None:
-    path = tmp_path / "redo.log"
+    path = tmp_path / "redo.bin"
     (await written(path, RECORDS)).close()
     whole, ends = path.read_bytes(), [logged.end for logged in read(path, "job")]
     for at in range(ends[0], len(whole), 11):
@@ -103,7 +103,7 @@ async def test_a_flipped_bit_ends_it_there(tmp_path: Path) -> None:
 
 
 async def test_after_a_cut_off_end_new_records_follow_the_whole_ones(tmp_path: Path) -> None:
-    path = tmp_path / "redo.log"
+    path = tmp_path / "redo.bin"
     (await written(path, RECORDS)).close()
     path.write_bytes(path.read_bytes()[:-1])
     end = list(read(path, "job"))[-1].end
@@ -115,7 +115,7 @@ async def test_after_a_cut_off_end_new_records_follow_the_whole_ones(tmp_path: P
 
 
 def test_what_is_no_log_of_this_job(tmp_path: Path) -> None:
-    path = tmp_path / "redo.log"
+    path = tmp_path / "redo.bin"
     assert found(path) == []
     path.touch()
     with pytest.raises(UserError, match="is empty"):
@@ -134,7 +134,7 @@ def test_what_is_no_log_of_this_job(tmp_path: Path) -> None:
 
 
 async def test_a_lying_length_takes_no_memory(tmp_path: Path) -> None:
-    path = tmp_path / "redo.log"
+    path = tmp_path / "redo.bin"
     (await written(path, RECORDS[:1])).close()
     whole = bytearray(path.read_bytes())
     end = next(iter(read(path, "job"))).end
@@ -144,7 +144,7 @@ async def test_a_lying_length_takes_no_memory(tmp_path: Path) -> None:
 
 
 async def test_a_record_of_another_version_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "redo.log"
+    path = tmp_path / "redo.bin"
     newer = Leased(index=2, key=b"")
     log = await written(path, RECORDS[:1])
     with monkeypatch.context() as patched:
@@ -157,7 +157,7 @@ async def test_a_record_of_another_version_is_said(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("fails", ["open", "replace", "sync_folder"])
 async def test_a_cut_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
-    path = tmp_path / "redo.log"
+    path = tmp_path / "redo.bin"
     log = await written(path, RECORDS)
 
     def failing(*arguments: Any, **options: Any) -> Any:
@@ -175,11 +175,11 @@ async def test_a_cut_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytes
     log.close()
     before = [(Leased(index=1, key=b"a"), b"")] if fails == "sync_folder" else RECORDS
     assert found(path) == [(Began(job_id="job"), b""), *before, (last, b"")]
-    assert os.listdir(tmp_path) == ["redo.log"]
+    assert os.listdir(tmp_path) == ["redo.bin"]
 
 
 async def test_who_is_cancelled_does_not_cancel_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = await written(tmp_path / "redo.log", [])
+    log = await written(tmp_path / "redo.bin", [])
     written_ = log.append(RECORDS[0][0])
     waiting = [asyncio.ensure_future(asyncio.shield(written_)) for _ in range(2)]
     waiting[0].cancel()
@@ -188,11 +188,11 @@ async def test_who_is_cancelled_does_not_cancel_for_others(tmp_path: Path, monke
     cancelled.cancel()
     await log.append(RECORDS[2][0], [CONTENT])
     log.close()
-    assert found(tmp_path / "redo.log") == [(Began(job_id="job"), b""), *RECORDS[:3]]
+    assert found(tmp_path / "redo.bin") == [(Began(job_id="job"), b""), *RECORDS[:3]]
 
 
 async def test_cutting_keeps_what_is_asked_for_and_goes_on(tmp_path: Path) -> None:
-    path = tmp_path / "redo.log"
+    path = tmp_path / "redo.bin"
     log = await written(path, RECORDS)
     await log.cut(redo.leases({1: b"a"}))
     await log.append(RECORDS[1][0])
@@ -218,7 +218,7 @@ class FullDisk:
 
 async def test_where_there_is_no_room_the_log_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A contribution is refused; what must not be missing before later ones is written as soon as there is room."""
-    path = tmp_path / "redo.log"
+    path = tmp_path / "redo.bin"
     log = await written(path, RECORDS[:1])
     before = path.read_bytes()
     monkeypatch.setattr(redo, "AGAIN_SECONDS", 0.01)
@@ -237,7 +237,7 @@ async def test_where_there_is_no_room_the_log_stays_as_it_was(tmp_path: Path, mo
 
 
 async def test_many_records_share_a_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = await written(tmp_path / "redo.log", [])
+    log = await written(tmp_path / "redo.bin", [])
     syncs, fdatasync = [], os.fdatasync
 
     def counted(descriptor: int) -> None:
@@ -248,4 +248,4 @@ async def test_many_records_share_a_sync(tmp_path: Path, monkeypatch: pytest.Mon
     await asyncio.gather(*(log.append(Leased(index=index, key=b"")) for index in range(100)))
     log.close()
     assert len(syncs) <= 2
-    assert len(found(tmp_path / "redo.log")) == 101
+    assert len(found(tmp_path / "redo.bin")) == 101

@@ -357,7 +357,7 @@ def test_waits_have_limits(tmp_path: Path) -> None:
         assert code == ExitCode.JOIN_TIMEOUT
         assert took < 10
         assert error.splitlines()[-1] == (
-            "error: the run ended at round 0 of 200: too few workers came within join_timeout_seconds"
+            "error: the run ended at round 0 of 200: too few workers were here for join_timeout_seconds"
         )
         assert "Traceback" not in error
         assert json.loads((tmp_path / "result.json").read_text())["reason"] == "join_timeout"

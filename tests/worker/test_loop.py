@@ -219,7 +219,7 @@ async def test_a_log_that_could_not_be_cut_after_its_checkpoint_does_no_harm(
 
 async def test_a_damaged_log_is_refused_where_something_would_be_lost(tmp_path: Path) -> None:
     await cut_off(tmp_path, 5, server={"checkpoint_every": 100}, rounds=9)
-    path = tmp_path / "redo.log"
+    path = tmp_path / "redo.bin"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -235,7 +235,7 @@ async def test_a_damaged_log_is_refused_where_something_would_be_lost(tmp_path: 
 @pytest.mark.parametrize("damaged", ["missing", "empty", "first record"])
 async def test_a_log_that_is_not_there_is_missed(tmp_path: Path, damaged: str) -> None:
     await cut_off(tmp_path, 3, server={"checkpoint_every": 100}, rounds=9)
-    path = tmp_path / "redo.log"
+    path = tmp_path / "redo.bin"
     content = {"missing": b"", "empty": b"", "first record": b"x" + path.read_bytes()[1:]}[damaged]
     path.write_bytes(content)
     if damaged == "missing":

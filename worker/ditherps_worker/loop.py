@@ -152,7 +152,7 @@ class Loop:
                     raise
                 if str(error) != said:
                     said = str(error)
-                    log.warning("%s; trying again for at most %g s", said, limit_seconds - (now - lost_since))
+                    log.warning("%s; trying again for at most %.0f s", said, limit_seconds - (now - lost_since))
             self._metrics.reconnects.inc()
             await backoff.pause()
 
