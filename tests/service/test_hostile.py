@@ -128,9 +128,10 @@ class TestNorm:
 
     async def test_without_a_quorum_of_sound_ones_the_round_is_abandoned(self, tmp_path: Path) -> None:
         async with opened(tmp_path, "ndqsg", max_norm=30.0, quorum=1.0) as (served, peers, plans):
+            call = peers[0].watch()
+            assert wire.checked(await call.read()).HasField("opened")
             for index, (peer, plan) in enumerate(zip(peers, plans, strict=True)):
                 await pushed(peer, plan, "ndqsg", -100.0 if index == 7 else 1.0)
-            call = peers[0].watch()
             while not (state := wire.checked(await call.read())).closed.abandoned:
                 pass
             assert state.closed.abandoned == Reason.NORM
