@@ -86,8 +86,8 @@ class TestSampling:
             await finished(served)
             run = await served.running
             assert run.test_accuracy is not None
-            # In one process with all others, what a worker builds may be spoiled by their random numbers: then its first
-            # model comes whole.
+            # In one process with the others, what a worker builds may be spoiled by their random numbers: then its
+            # first model comes whole.
             assert run.downlink_snapshots <= 4
             assert run.digest_mismatches == 0
         assert all(record["test_accuracy"] is not None for record in served.records())
