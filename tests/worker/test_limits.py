@@ -308,7 +308,7 @@ class TestRun:
         error = await ended(liar, connect_timeout_seconds=1.5)
         assert isinstance(error, RefusedError)
         assert error.reason is reason
-        assert liar.joins > 2  # and gave up only at its limit
+        assert liar.joins >= 2  # and gave up only at its limit
         assert liar.left == []
 
 

@@ -324,11 +324,13 @@ class Loop:
         Whether it counts.
         """
         backoff, said = _Backoff(), False
+        patience_seconds = max(self._config.connect_timeout_seconds, min(plan.deadline_seconds, 7 * 86_400.0))
+        last = time.monotonic() + patience_seconds
         while state.still_open(plan):
             try:
                 return await self._client.push(plan, sent.update, sent.buffers, sent.stats)
             except RefusedError as error:
-                if error.reason not in _NO_ROOM_FOR_CONTENT:
+                if error.reason not in _NO_ROOM_FOR_CONTENT or time.monotonic() > last:
                     raise
                 if not said:
                     log.warning("round=%d: %s; trying again while the round is open", plan.round, error)
