@@ -58,11 +58,10 @@ def test_links_that_are_cut_in_the_middle_of_pushes(cluster: Cluster, faults_in_
     assert [code for code, _, _ in logs] == [0] * WORKERS
     pauses = [seconds for link in links for seconds in link.pauses_seconds]
     print(f"cuts={len(pauses)} seconds away: sum={sum(pauses):.1f} longest={max(pauses):.1f}")
-    for link, (_, _, log) in zip(links, logs, strict=True):
+    for link in links:
         up = [cut for cut in link.cuts if cut.way is Way.UP]
         assert len(up) == each
         assert all(cut.connections == 1 for cut in link.cuts)
-        assert log.count("trying again for at most") >= len(link.cuts)
         again = link.uplink_bytes - rounds * PUSH_BYTES
         print(f"bytes sent again, with control: {again} for {each} cuts")
         assert 0 < again <= each * wire.CHUNK_BYTES + (rounds + len(link.cuts)) * CONTROL_BYTES
