@@ -22,6 +22,7 @@ from ditherps.codecs import Codec, Encoded
 from ditherps.dither import TILE
 from ditherps.kernels.jit import kernel
 from ditherps.kernels.philox import Stream, philox_tile
+from ditherps.pool import on_threads
 
 _TILES_A_PIECE = 8192  # about 3 ms of dither
 _PIECES_A_THREAD = 8
@@ -78,7 +79,7 @@ def gains(used: Codec, x: Tensor, encoded: Encoded, side: Tensor, threads: int, 
     with ThreadPoolExecutor(threads) as pool:
 
         def both(work: Callable[[Any], object], over: Sequence[Any]) -> tuple[Callable[[], object], ...]:
-            return lambda: [work(one) for one in over], lambda: list(pool.map(work, over))
+            return lambda: on_threads(None, work, over), lambda: on_threads(pool, work, over)
 
         pairs = {
             "compute_gain": both(_piece, pieces),
