@@ -20,6 +20,7 @@ from torch import Tensor
 from ditherps.bench.quality import round_address
 from ditherps.codecs import Codec, Encoded
 from ditherps.dither import TILE
+from ditherps.kernels.buffers import buffer
 from ditherps.kernels.jit import kernel
 from ditherps.kernels.philox import Stream, philox_tile
 from ditherps.pool import on_threads
@@ -37,7 +38,7 @@ def _compute(stream: Stream, tiles: int, out: NDArray[np.uint16], nothing: NDArr
 
 
 def _piece(_: int) -> None:
-    _compute(round_address(0).stream(0), _TILES_A_PIECE, np.empty(TILE, np.uint16), np.empty(0, np.float32))
+    _compute(round_address(0).stream(0), _TILES_A_PIECE, buffer(TILE, np.uint16), np.empty(0, np.float32))
 
 
 def timed(action: Callable[[], object]) -> float:

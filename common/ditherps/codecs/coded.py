@@ -82,19 +82,20 @@ class CodedLayout(BucketLayout):
         steps = self._steps(x, pool) if step is None else np.full(self.buckets(n), step, np.float32)
         stream, bucket = address.stream(n), self._bucket(n)
 
-        def chunk(lo: int) -> Bytes:
-            return self._chunk(x, lo, min(lo + CHUNK, n), stream, bucket, steps)
+        def sealed(lo: int) -> tuple[Bytes, int]:
+            chunk = self._chunk(x, lo, min(lo + CHUNK, n), stream, bucket, steps)
+            return chunk, checksum(chunk)
 
-        chunks = on_threads(pool, chunk, range(0, n, CHUNK))
+        chunks = on_threads(pool, sealed, range(0, n, CHUNK))
         front = self._front(n)
-        data = np.empty(front + sum(one.size for one in chunks), np.uint8)
+        data = np.empty(front + sum(chunk.size for chunk, _ in chunks), np.uint8)
         self.steps(data, n)[:] = steps
         directory = data[front - 8 * len(chunks) : front].view(np.uint32)
         at = front
-        for place, one in enumerate(chunks):
-            directory[2 * place : 2 * place + 2] = one.size, checksum(one)
-            data[at : at + one.size] = one
-            at += one.size
+        for place, (chunk, check) in enumerate(chunks):
+            directory[2 * place : 2 * place + 2] = chunk.size, check
+            data[at : at + chunk.size] = chunk
+            at += chunk.size
         return data, 0, front
 
     def _steps(self, x: NDArray[np.float32], pool: Executor | None) -> NDArray[np.float32]:
