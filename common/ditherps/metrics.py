@@ -185,7 +185,7 @@ class ServerMetrics(_Metrics):
     def describe(self, job: JobConfig, downlink_codec: str, coordinates: int) -> None:
         """Export what the job is: what alerts and ratios are measured by."""
         info = self._gauge("job_info", "What is trained, and how; always 1.", "task", "mode", "codec", "downlink_codec")
-        info.labels(job.task, job.mode, job.codec, downlink_codec).set(1)
+        info.labels(job.task, job.mode, job.uplink, downlink_codec).set(1)
         for name, text, value in (
             ("job_rounds", "Rounds of the job.", job.rounds),
             ("job_workers", "Workers of the job.", job.workers),

@@ -157,8 +157,8 @@ class Accounts:
         if self._named:
             self._metrics.worker_latency_seconds.labels(self._names[announcement.index]).set(latency_seconds)
         self._metrics.contributions.inc()
-        self._metrics.payload_bytes.labels(UP, self._job.codec).inc(announcement.content_bytes)
-        self._metrics.values.labels(UP, self._job.codec).inc(self._coordinates)
+        self._metrics.payload_bytes.labels(UP, self._job.uplink).inc(announcement.content_bytes)
+        self._metrics.values.labels(UP, self._job.uplink).inc(self._coordinates)
 
     def spent(self) -> Spent:
         """Bytes up to now."""
@@ -320,7 +320,8 @@ class Accounts:
         kbit = 8e-3 * traffic.uplink_bytes / totals.contributions if sent else None
         seconds = totals.finished - totals.began
         return RunResult(
-            task=job.task, model=job.model, codec=job.codec, codec_options=job.codec_options,
+            task=job.task, model=job.model, codec=job.uplink,
+            codec_options=job.data.model_dump(exclude_defaults=True) if job.mode == "data" else job.codec_options,
             downlink_codec=self._broadcast.codec_spec, mode=job.mode, workers=job.workers,
             rounds=model.version, seed=job.seed, reason=reason.value,
             seconds=seconds if math.isfinite(seconds) else 0.0,

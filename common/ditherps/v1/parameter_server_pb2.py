@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from ditherps.v1 import types_pb2 as ditherps_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"ditherps/v1/parameter_server.proto\x12\x0b\x64itherps.v1\x1a\x17\x64itherps/v1/types.proto\"i\n\x0cWorkerLimits\x12\r\n\x05modes\x18\x01 \x03(\t\x12\x0e\n\x06\x63odecs\x18\x02 \x03(\t\x12\x13\n\x0bmodel_bytes\x18\x03 \x01(\x04\x12\x12\n\nplan_bytes\x18\x04 \x01(\x04\x12\x11\n\tdata_bits\x18\x05 \x01(\r\"\xb9\x01\n\x0bJoinRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x17\n\x0fpackage_version\x18\x02 \x01(\t\x12\x0e\n\x06worker\x18\x03 \x01(\t\x12\x11\n\tlease_key\x18\x04 \x01(\x0c\x12\x0c\n\x04task\x18\x05 \x01(\t\x12)\n\x06limits\x18\x06 \x01(\x0b\x32\x19.ditherps.v1.WorkerLimits\x12\x0f\n\x07samples\x18\t \x01(\x04J\x04\x08\x07\x10\x08J\x04\x08\x08\x10\t\"\xff\x01\n\x0cJoinResponse\x12!\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x12.ditherps.v1.Fence\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0b\n\x03job\x18\x03 \x01(\x0c\x12\x15\n\rlayout_digest\x18\x04 \x01(\x0c\x12\x1d\n\x15parameter_coordinates\x18\x05 \x01(\x04\x12\x14\n\x0c\x62uffer_bytes\x18\x06 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\x07 \x01(\r\x12\x19\n\x11heartbeat_seconds\x18\x08 \x01(\x01\x12\x1c\n\x14idle_timeout_seconds\x18\t \x01(\x01\x12\x16\n\x0einitial_digest\x18\n \x01(\x0c\"1\n\x0cWatchRequest\x12!\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x12.ditherps.v1.Fence\"\xbf\x01\n\rWatchResponse\x12!\n\x05phase\x18\x01 \x01(\x0e\x32\x12.ditherps.v1.Phase\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12(\n\x06\x63losed\x18\x03 \x01(\x0b\x32\x18.ditherps.v1.RoundResult\x12&\n\x06opened\x18\x04 \x01(\x0b\x32\x16.ditherps.v1.RoundPlan\x12(\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x16.ditherps.v1.JobResult\"\x85\x01\n\x0bPullRequest\x12!\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x12.ditherps.v1.Fence\x12\x19\n\x0c\x66rom_version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nto_version\x18\x03 \x01(\x04\x12\x13\n\x0bheld_digest\x18\x04 \x01(\x0c\x42\x0f\n\r_from_version\"\'\n\x08PullStep\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x0c\n\x04rate\x18\x02 \x01(\x02\"\xce\x01\n\nPullHeader\x12\x14\n\x0c\x66rom_version\x18\x01 \x01(\x04\x12\x12\n\nto_version\x18\x02 \x01(\x04\x12+\n\x08\x65ncoding\x18\x03 \x01(\x0e\x32\x19.ditherps.v1.PullEncoding\x12\x17\n\x0fparameter_bytes\x18\x04 \x01(\x04\x12\x14\n\x0c\x62uffer_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x12$\n\x05steps\x18\x08 \x03(\x0b\x32\x15.ditherps.v1.PullStepJ\x04\x08\x07\x10\x08\"R\n\x0cPullResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.ditherps.v1.PullHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xc9\x02\n\nPushHeader\x12!\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x12.ditherps.v1.Fence\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x14\n\x0c\x62\x61se_version\x18\x04 \x01(\x04\x12\x1f\n\x04role\x18\x05 \x01(\x0e\x32\x11.ditherps.v1.Role\x12\'\n\x07\x63ontext\x18\x06 \x01(\x0b\x32\x16.ditherps.v1.ContextId\x12\x14\n\x0cupdate_bytes\x18\x07 \x01(\x04\x12\x14\n\x0c\x62uffer_bytes\x18\x08 \x01(\x04\x12\x0e\n\x06\x64igest\x18\t \x01(\x0c\x12\x0f\n\x07samples\x18\n \x01(\x04\x12\x0c\n\x04loss\x18\x0b \x01(\x01\x12\x0c\n\x04nmse\x18\x0c \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\r \x01(\x01\x12\x16\n\x0e\x65ncode_seconds\x18\x0e \x01(\x01\"Q\n\x0bPushRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.ditherps.v1.PushHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"K\n\x08PushNeed\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12 \n\x05spans\x18\x02 \x03(\x0b\x32\x11.ditherps.v1.Span\x12\r\n\x05parts\x18\x03 \x03(\r\"!\n\x0cPushAccepted\x12\x11\n\tduplicate\x18\x01 \x01(\x08\".\n\x0bPushRefused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x9b\x01\n\x0cPushResponse\x12%\n\x04need\x18\x01 \x01(\x0b\x32\x15.ditherps.v1.PushNeedH\x00\x12-\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x19.ditherps.v1.PushAcceptedH\x00\x12+\n\x07refused\x18\x03 \x01(\x0b\x32\x18.ditherps.v1.PushRefusedH\x00\x42\x08\n\x06\x61nswer\"_\n\nEvaluation\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0c\n\x04loss\x18\x02 \x01(\x01\x12\x10\n\x08\x61\x63\x63uracy\x18\x03 \x01(\x01\x12\x0f\n\x07samples\x18\x04 \x01(\x04\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\"_\n\rReportRequest\x12!\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x12.ditherps.v1.Fence\x12+\n\nevaluation\x18\x02 \x01(\x0b\x32\x17.ditherps.v1.Evaluation\"\x10\n\x0eReportResponse\"5\n\x10HeartbeatRequest\x12!\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x12.ditherps.v1.Fence\"\x13\n\x11HeartbeatResponse\"A\n\x0cLeaveRequest\x12!\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x12.ditherps.v1.Fence\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0f\n\rLeaveResponse\"\x0f\n\rStatusRequest\"W\n\x0cMemberStatus\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x19\n\x11last_seen_seconds\x18\x04 \x01(\x01\"\xf4\x02\n\x0eStatusResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\r\n\x05\x63odec\x18\x03 \x01(\t\x12!\n\x05phase\x18\x04 \x01(\x0e\x32\x12.ditherps.v1.Phase\x12\r\n\x05round\x18\x05 \x01(\x04\x12\x0e\n\x06rounds\x18\x06 \x01(\x04\x12\x0f\n\x07version\x18\x07 \x01(\x04\x12\x13\n\x0bwaiting_for\x18\x08 \x01(\t\x12\x17\n\x0fwaiting_seconds\x18\t \x01(\x01\x12*\n\x07members\x18\n \x03(\x0b\x32\x19.ditherps.v1.MemberStatus\x12\x14\n\x0cuplink_bytes\x18\x0b \x01(\x04\x12\x16\n\x0e\x64ownlink_bytes\x18\x0c \x01(\x04\x12\x16\n\x0euptime_seconds\x18\r \x01(\x01\x12\x16\n\x0e\x64ownlink_codec\x18\x0e \x01(\t\x12\x15\n\rcontributions\x18\x0f \x01(\x04\x12\x13\n\x0b\x63oordinates\x18\x10 \x01(\x04*\x83\x01\n\x0cPullEncoding\x12\x1d\n\x19PULL_ENCODING_UNSPECIFIED\x10\x00\x12\x1a\n\x16PULL_ENCODING_SNAPSHOT\x10\x01\x12\x17\n\x13PULL_ENCODING_STEPS\x10\x02\x12\x1f\n\x1bPULL_ENCODING_SNAPSHOT_BF16\x10\x03\x32\xa9\x04\n\x16ParameterServerService\x12;\n\x04Join\x12\x18.ditherps.v1.JoinRequest\x1a\x19.ditherps.v1.JoinResponse\x12@\n\x05Watch\x12\x19.ditherps.v1.WatchRequest\x1a\x1a.ditherps.v1.WatchResponse0\x01\x12=\n\x04Pull\x12\x18.ditherps.v1.PullRequest\x1a\x19.ditherps.v1.PullResponse0\x01\x12?\n\x04Push\x12\x18.ditherps.v1.PushRequest\x1a\x19.ditherps.v1.PushResponse(\x01\x30\x01\x12\x41\n\x06Report\x12\x1a.ditherps.v1.ReportRequest\x1a\x1b.ditherps.v1.ReportResponse\x12J\n\tHeartbeat\x12\x1d.ditherps.v1.HeartbeatRequest\x1a\x1e.ditherps.v1.HeartbeatResponse\x12>\n\x05Leave\x12\x19.ditherps.v1.LeaveRequest\x1a\x1a.ditherps.v1.LeaveResponse\x12\x41\n\x06Status\x12\x1a.ditherps.v1.StatusRequest\x1a\x1b.ditherps.v1.StatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"ditherps/v1/parameter_server.proto\x12\x0b\x64itherps.v1\x1a\x17\x64itherps/v1/types.proto\"i\n\x0cWorkerLimits\x12\r\n\x05modes\x18\x01 \x03(\t\x12\x0e\n\x06\x63odecs\x18\x02 \x03(\t\x12\x13\n\x0bmodel_bytes\x18\x03 \x01(\x04\x12\x12\n\nplan_bytes\x18\x04 \x01(\x04\x12\x11\n\tdata_bits\x18\x05 \x01(\r\"\xb9\x01\n\x0bJoinRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x17\n\x0fpackage_version\x18\x02 \x01(\t\x12\x0e\n\x06worker\x18\x03 \x01(\t\x12\x11\n\tlease_key\x18\x04 \x01(\x0c\x12\x0c\n\x04task\x18\x05 \x01(\t\x12)\n\x06limits\x18\x06 \x01(\x0b\x32\x19.ditherps.v1.WorkerLimits\x12\x0f\n\x07samples\x18\t \x01(\x04J\x04\x08\x07\x10\x08J\x04\x08\x08\x10\t\"\xff\x01\n\x0cJoinResponse\x12!\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x12.ditherps.v1.Fence\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0b\n\x03job\x18\x03 \x01(\x0c\x12\x15\n\rlayout_digest\x18\x04 \x01(\x0c\x12\x1d\n\x15parameter_coordinates\x18\x05 \x01(\x04\x12\x14\n\x0c\x62uffer_bytes\x18\x06 \x01(\x04\x12\x13\n\x0b\x63hunk_bytes\x18\x07 \x01(\r\x12\x19\n\x11heartbeat_seconds\x18\x08 \x01(\x01\x12\x1c\n\x14idle_timeout_seconds\x18\t \x01(\x01\x12\x16\n\x0einitial_digest\x18\n \x01(\x0c\"1\n\x0cWatchRequest\x12!\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x12.ditherps.v1.Fence\"\xbf\x01\n\rWatchResponse\x12!\n\x05phase\x18\x01 \x01(\x0e\x32\x12.ditherps.v1.Phase\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12(\n\x06\x63losed\x18\x03 \x01(\x0b\x32\x18.ditherps.v1.RoundResult\x12&\n\x06opened\x18\x04 \x01(\x0b\x32\x16.ditherps.v1.RoundPlan\x12(\n\x08\x66inished\x18\x05 \x01(\x0b\x32\x16.ditherps.v1.JobResult\"\x85\x01\n\x0bPullRequest\x12!\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x12.ditherps.v1.Fence\x12\x19\n\x0c\x66rom_version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x12\n\nto_version\x18\x03 \x01(\x04\x12\x13\n\x0bheld_digest\x18\x04 \x01(\x0c\x42\x0f\n\r_from_version\"\'\n\x08PullStep\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x0c\n\x04rate\x18\x02 \x01(\x02\"\xce\x01\n\nPullHeader\x12\x14\n\x0c\x66rom_version\x18\x01 \x01(\x04\x12\x12\n\nto_version\x18\x02 \x01(\x04\x12+\n\x08\x65ncoding\x18\x03 \x01(\x0e\x32\x19.ditherps.v1.PullEncoding\x12\x17\n\x0fparameter_bytes\x18\x04 \x01(\x04\x12\x14\n\x0c\x62uffer_bytes\x18\x05 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x06 \x01(\x0c\x12$\n\x05steps\x18\x08 \x03(\x0b\x32\x15.ditherps.v1.PullStepJ\x04\x08\x07\x10\x08\"R\n\x0cPullResponse\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.ditherps.v1.PullHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"\xdf\x02\n\nPushHeader\x12!\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x12.ditherps.v1.Fence\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x14\n\x0c\x62\x61se_version\x18\x04 \x01(\x04\x12\x1f\n\x04role\x18\x05 \x01(\x0e\x32\x11.ditherps.v1.Role\x12\'\n\x07\x63ontext\x18\x06 \x01(\x0b\x32\x16.ditherps.v1.ContextId\x12\x14\n\x0cupdate_bytes\x18\x07 \x01(\x04\x12\x14\n\x0c\x62uffer_bytes\x18\x08 \x01(\x04\x12\x0e\n\x06\x64igest\x18\t \x01(\x0c\x12\x0f\n\x07samples\x18\n \x01(\x04\x12\x0c\n\x04loss\x18\x0b \x01(\x01\x12\x0c\n\x04nmse\x18\x0c \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\r \x01(\x01\x12\x16\n\x0e\x65ncode_seconds\x18\x0e \x01(\x01\x12\x14\n\x0csample_bytes\x18\x0f \x01(\x04\"Q\n\x0bPushRequest\x12)\n\x06header\x18\x01 \x01(\x0b\x32\x17.ditherps.v1.PushHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"K\n\x08PushNeed\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12 \n\x05spans\x18\x02 \x03(\x0b\x32\x11.ditherps.v1.Span\x12\r\n\x05parts\x18\x03 \x03(\r\"!\n\x0cPushAccepted\x12\x11\n\tduplicate\x18\x01 \x01(\x08\".\n\x0bPushRefused\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x9b\x01\n\x0cPushResponse\x12%\n\x04need\x18\x01 \x01(\x0b\x32\x15.ditherps.v1.PushNeedH\x00\x12-\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x19.ditherps.v1.PushAcceptedH\x00\x12+\n\x07refused\x18\x03 \x01(\x0b\x32\x18.ditherps.v1.PushRefusedH\x00\x42\x08\n\x06\x61nswer\"_\n\nEvaluation\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0c\n\x04loss\x18\x02 \x01(\x01\x12\x10\n\x08\x61\x63\x63uracy\x18\x03 \x01(\x01\x12\x0f\n\x07samples\x18\x04 \x01(\x04\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\"n\n\rReportRequest\x12!\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x12.ditherps.v1.Fence\x12+\n\nevaluation\x18\x02 \x01(\x0b\x32\x17.ditherps.v1.Evaluation\x12\r\n\x05shard\x18\x03 \x01(\x0c\"\x10\n\x0eReportResponse\"5\n\x10HeartbeatRequest\x12!\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x12.ditherps.v1.Fence\"\x13\n\x11HeartbeatResponse\"A\n\x0cLeaveRequest\x12!\n\x05\x66\x65nce\x18\x01 \x01(\x0b\x32\x12.ditherps.v1.Fence\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0f\n\rLeaveResponse\"\x0f\n\rStatusRequest\"W\n\x0cMemberStatus\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x19\n\x11last_seen_seconds\x18\x04 \x01(\x01\"\xf4\x02\n\x0eStatusResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\r\n\x05\x63odec\x18\x03 \x01(\t\x12!\n\x05phase\x18\x04 \x01(\x0e\x32\x12.ditherps.v1.Phase\x12\r\n\x05round\x18\x05 \x01(\x04\x12\x0e\n\x06rounds\x18\x06 \x01(\x04\x12\x0f\n\x07version\x18\x07 \x01(\x04\x12\x13\n\x0bwaiting_for\x18\x08 \x01(\t\x12\x17\n\x0fwaiting_seconds\x18\t \x01(\x01\x12*\n\x07members\x18\n \x03(\x0b\x32\x19.ditherps.v1.MemberStatus\x12\x14\n\x0cuplink_bytes\x18\x0b \x01(\x04\x12\x16\n\x0e\x64ownlink_bytes\x18\x0c \x01(\x04\x12\x16\n\x0euptime_seconds\x18\r \x01(\x01\x12\x16\n\x0e\x64ownlink_codec\x18\x0e \x01(\t\x12\x15\n\rcontributions\x18\x0f \x01(\x04\x12\x13\n\x0b\x63oordinates\x18\x10 \x01(\x04*\x83\x01\n\x0cPullEncoding\x12\x1d\n\x19PULL_ENCODING_UNSPECIFIED\x10\x00\x12\x1a\n\x16PULL_ENCODING_SNAPSHOT\x10\x01\x12\x17\n\x13PULL_ENCODING_STEPS\x10\x02\x12\x1f\n\x1bPULL_ENCODING_SNAPSHOT_BF16\x10\x03\x32\xa9\x04\n\x16ParameterServerService\x12;\n\x04Join\x12\x18.ditherps.v1.JoinRequest\x1a\x19.ditherps.v1.JoinResponse\x12@\n\x05Watch\x12\x19.ditherps.v1.WatchRequest\x1a\x1a.ditherps.v1.WatchResponse0\x01\x12=\n\x04Pull\x12\x18.ditherps.v1.PullRequest\x1a\x19.ditherps.v1.PullResponse0\x01\x12?\n\x04Push\x12\x18.ditherps.v1.PushRequest\x1a\x19.ditherps.v1.PushResponse(\x01\x30\x01\x12\x41\n\x06Report\x12\x1a.ditherps.v1.ReportRequest\x1a\x1b.ditherps.v1.ReportResponse\x12J\n\tHeartbeat\x12\x1d.ditherps.v1.HeartbeatRequest\x1a\x1e.ditherps.v1.HeartbeatResponse\x12>\n\x05Leave\x12\x19.ditherps.v1.LeaveRequest\x1a\x1a.ditherps.v1.LeaveResponse\x12\x41\n\x06Status\x12\x1a.ditherps.v1.StatusRequest\x1a\x1b.ditherps.v1.StatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ditherps.v1.parameter_server_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PULLENCODING']._serialized_start=2931
-  _globals['_PULLENCODING']._serialized_end=3062
+  _globals['_PULLENCODING']._serialized_start=2968
+  _globals['_PULLENCODING']._serialized_end=3099
   _globals['_WORKERLIMITS']._serialized_start=76
   _globals['_WORKERLIMITS']._serialized_end=181
   _globals['_JOINREQUEST']._serialized_start=184
@@ -53,37 +53,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PULLRESPONSE']._serialized_start=1260
   _globals['_PULLRESPONSE']._serialized_end=1342
   _globals['_PUSHHEADER']._serialized_start=1345
-  _globals['_PUSHHEADER']._serialized_end=1674
-  _globals['_PUSHREQUEST']._serialized_start=1676
-  _globals['_PUSHREQUEST']._serialized_end=1757
-  _globals['_PUSHNEED']._serialized_start=1759
-  _globals['_PUSHNEED']._serialized_end=1834
-  _globals['_PUSHACCEPTED']._serialized_start=1836
-  _globals['_PUSHACCEPTED']._serialized_end=1869
-  _globals['_PUSHREFUSED']._serialized_start=1871
-  _globals['_PUSHREFUSED']._serialized_end=1917
-  _globals['_PUSHRESPONSE']._serialized_start=1920
-  _globals['_PUSHRESPONSE']._serialized_end=2075
-  _globals['_EVALUATION']._serialized_start=2077
-  _globals['_EVALUATION']._serialized_end=2172
-  _globals['_REPORTREQUEST']._serialized_start=2174
-  _globals['_REPORTREQUEST']._serialized_end=2269
-  _globals['_REPORTRESPONSE']._serialized_start=2271
-  _globals['_REPORTRESPONSE']._serialized_end=2287
-  _globals['_HEARTBEATREQUEST']._serialized_start=2289
-  _globals['_HEARTBEATREQUEST']._serialized_end=2342
-  _globals['_HEARTBEATRESPONSE']._serialized_start=2344
-  _globals['_HEARTBEATRESPONSE']._serialized_end=2363
-  _globals['_LEAVEREQUEST']._serialized_start=2365
-  _globals['_LEAVEREQUEST']._serialized_end=2430
-  _globals['_LEAVERESPONSE']._serialized_start=2432
-  _globals['_LEAVERESPONSE']._serialized_end=2447
-  _globals['_STATUSREQUEST']._serialized_start=2449
-  _globals['_STATUSREQUEST']._serialized_end=2464
-  _globals['_MEMBERSTATUS']._serialized_start=2466
-  _globals['_MEMBERSTATUS']._serialized_end=2553
-  _globals['_STATUSRESPONSE']._serialized_start=2556
-  _globals['_STATUSRESPONSE']._serialized_end=2928
-  _globals['_PARAMETERSERVERSERVICE']._serialized_start=3065
-  _globals['_PARAMETERSERVERSERVICE']._serialized_end=3618
+  _globals['_PUSHHEADER']._serialized_end=1696
+  _globals['_PUSHREQUEST']._serialized_start=1698
+  _globals['_PUSHREQUEST']._serialized_end=1779
+  _globals['_PUSHNEED']._serialized_start=1781
+  _globals['_PUSHNEED']._serialized_end=1856
+  _globals['_PUSHACCEPTED']._serialized_start=1858
+  _globals['_PUSHACCEPTED']._serialized_end=1891
+  _globals['_PUSHREFUSED']._serialized_start=1893
+  _globals['_PUSHREFUSED']._serialized_end=1939
+  _globals['_PUSHRESPONSE']._serialized_start=1942
+  _globals['_PUSHRESPONSE']._serialized_end=2097
+  _globals['_EVALUATION']._serialized_start=2099
+  _globals['_EVALUATION']._serialized_end=2194
+  _globals['_REPORTREQUEST']._serialized_start=2196
+  _globals['_REPORTREQUEST']._serialized_end=2306
+  _globals['_REPORTRESPONSE']._serialized_start=2308
+  _globals['_REPORTRESPONSE']._serialized_end=2324
+  _globals['_HEARTBEATREQUEST']._serialized_start=2326
+  _globals['_HEARTBEATREQUEST']._serialized_end=2379
+  _globals['_HEARTBEATRESPONSE']._serialized_start=2381
+  _globals['_HEARTBEATRESPONSE']._serialized_end=2400
+  _globals['_LEAVEREQUEST']._serialized_start=2402
+  _globals['_LEAVEREQUEST']._serialized_end=2467
+  _globals['_LEAVERESPONSE']._serialized_start=2469
+  _globals['_LEAVERESPONSE']._serialized_end=2484
+  _globals['_STATUSREQUEST']._serialized_start=2486
+  _globals['_STATUSREQUEST']._serialized_end=2501
+  _globals['_MEMBERSTATUS']._serialized_start=2503
+  _globals['_MEMBERSTATUS']._serialized_end=2590
+  _globals['_STATUSRESPONSE']._serialized_start=2593
+  _globals['_STATUSRESPONSE']._serialized_end=2965
+  _globals['_PARAMETERSERVERSERVICE']._serialized_start=3102
+  _globals['_PARAMETERSERVERSERVICE']._serialized_end=3655
 # @@protoc_insertion_point(module_scope)

@@ -64,7 +64,7 @@ class WorkerLimits(_message.Message):
     model_bytes: _builtins.int
     plan_bytes: _builtins.int
     data_bits: _builtins.int
-    """Finest level of quantized data that may leave the node; 0: none."""
+    """Finest level of quantized samples that may leave the node; 0: none."""
     @_builtins.property
     def modes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -394,6 +394,7 @@ class PushHeader(_message.Message):
     NMSE_FIELD_NUMBER: _builtins.int
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     ENCODE_SECONDS_FIELD_NUMBER: _builtins.int
+    SAMPLE_BYTES_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     attempt: _builtins.int
     base_version: _builtins.int
@@ -408,6 +409,8 @@ class PushHeader(_message.Message):
     nmse: _builtins.float
     compute_seconds: _builtins.float
     encode_seconds: _builtins.float
+    sample_bytes: _builtins.int
+    """Mode `data`: of the update, its first part, selection and samples."""
     @_builtins.property
     def fence(self) -> _types_pb2.Fence: ...
     @_builtins.property
@@ -429,10 +432,11 @@ class PushHeader(_message.Message):
         nmse: _builtins.float = ...,
         compute_seconds: _builtins.float = ...,
         encode_seconds: _builtins.float = ...,
+        sample_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "fence", b"fence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_version", b"base_version", "buffer_bytes", b"buffer_bytes", "compute_seconds", b"compute_seconds", "context", b"context", "digest", b"digest", "encode_seconds", b"encode_seconds", "fence", b"fence", "loss", b"loss", "nmse", b"nmse", "role", b"role", "round", b"round", "samples", b"samples", "update_bytes", b"update_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_version", b"base_version", "buffer_bytes", b"buffer_bytes", "compute_seconds", b"compute_seconds", "context", b"context", "digest", b"digest", "encode_seconds", b"encode_seconds", "fence", b"fence", "loss", b"loss", "nmse", b"nmse", "role", b"role", "round", b"round", "sample_bytes", b"sample_bytes", "samples", b"samples", "update_bytes", b"update_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -607,6 +611,11 @@ class ReportRequest(_message.Message):
 
     FENCE_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
+    shard: _builtins.bytes
+    """Mode `data`: which samples the worker has (FORMAT.md, "Samples"). It is
+    present once it has said so, which it does after every Join.
+    """
     @_builtins.property
     def fence(self) -> _types_pb2.Fence: ...
     @_builtins.property
@@ -616,10 +625,11 @@ class ReportRequest(_message.Message):
         *,
         fence: _types_pb2.Fence | None = ...,
         evaluation: Global___Evaluation | None = ...,
+        shard: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "fence", b"fence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "fence", b"fence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "fence", b"fence", "shard", b"shard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
