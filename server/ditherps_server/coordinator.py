@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -204,7 +205,8 @@ class Coordinator:
         announcement = Announcement(
             round=plan.round, attempt=plan.attempt, index=index, role=role, update_bytes=header.update_bytes,
             buffer_bytes=header.buffer_bytes, digest=header.digest, samples=header.samples,
-            sample_bytes=header.sample_bytes, loss=header.loss, nmse=header.nmse,
+            sample_bytes=header.sample_bytes, loss=header.loss if header.HasField("loss") else math.nan,
+            nmse=header.nmse if header.HasField("nmse") else math.nan,
             compute_seconds=header.compute_seconds, encode_seconds=header.encode_seconds,
         )  # fmt: skip
         self._updater.check_sizes(announcement)

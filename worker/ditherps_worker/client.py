@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -154,7 +155,8 @@ class Client:
             fence=self.fence, round=plan.round, attempt=plan.attempt, base_version=plan.base_version, role=plan.role,
             context=plan.context if plan.HasField("context") else None,
             update_bytes=len(update), buffer_bytes=len(buffers), digest=wire.digest_of(*parts), samples=stats.samples,
-            loss=stats.loss, nmse=stats.nmse, compute_seconds=stats.compute_seconds,
+            loss=None if math.isnan(stats.loss) else stats.loss,
+            nmse=None if math.isnan(stats.nmse) else stats.nmse, compute_seconds=stats.compute_seconds,
             encode_seconds=stats.encode_seconds, sample_bytes=stats.sample_bytes,
         )  # fmt: skip
         call = self._stub.Push()
