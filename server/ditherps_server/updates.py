@@ -15,7 +15,7 @@ import torch
 from ditherps.codecs import Codec, DecodeReport, Encoded, Role
 from ditherps.config import AggregationConfig, JobConfig
 from ditherps.dither import Address, Domain
-from ditherps.errors import PayloadError
+from ditherps.errors import PayloadError, Reason
 from ditherps.layout import Layout
 from ditherps_server.aggregate import Sender, aggregate
 from ditherps_server.staging import Announcement, Contribution
@@ -108,7 +108,7 @@ class EncodedUpdates:
         """Raises `PayloadError` for an update of no bytes, or with samples."""
         if announcement.update_bytes == 0 or announcement.sample_bytes:
             raise PayloadError(
-                f"an update of {announcement.update_bytes} bytes, {announcement.sample_bytes} of samples"
+                f"an update of {announcement.update_bytes} bytes, {announcement.sample_bytes} of samples", Reason.SIZE
             )
 
     def look_up(self, contribution: Contribution) -> None:
