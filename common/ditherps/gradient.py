@@ -13,8 +13,22 @@ import torch
 from torch import Tensor
 
 from ditherps.dither import Address, Domain, words
+from ditherps.errors import OptionError
 from ditherps.layout import FlatModel
 from ditherps.tasks import Keys, Task
+
+
+def pick_device(name: str, index: int = 0) -> torch.device:
+    """`auto`: one of this machine's GPUs, by the worker's index, or the CPU where there is none.
+
+    Raises `OptionError` for a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device(f"cuda:{index % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError("--device", name, f"auto, cpu; this machine has {torch.cuda.device_count()} GPUs")
+    return device
 
 
 def make_deterministic(threads: int) -> None:

@@ -222,7 +222,7 @@ def _add_chunk(
     return report
 
 
-def mean_buffers(layout: Layout, contributions: Sequence[memoryview], weights: Sequence[float]) -> bytes:
+def mean_buffers(layout: Layout, contributions: Sequence[bytes | memoryview], weights: Sequence[float]) -> bytes:
     """The workers' buffers as one: the weighted mean of floating-point ones, the maximum of integers and booleans."""
     unpacked = [unpack_buffers(layout, data) for data in contributions]
     total = sum(weights)
@@ -241,7 +241,7 @@ def mean_buffers(layout: Layout, contributions: Sequence[memoryview], weights: S
 
 def merged_buffers(
     layout: Layout,
-    contributions: Sequence[memoryview],
+    contributions: Sequence[bytes | memoryview],
     weights: Sequence[float],
     rule: AggregationConfig,
     chosen: Sequence[int],

@@ -72,6 +72,10 @@ class RoundRecord:
     """XXH3-128 (hex) of w, then the buffers, after this round."""
     nested_tiles: int
     nested_failed_tiles: int
+    samples_new: int
+    """Mode `data`: samples of which the server held nothing."""
+    samples_held: int
+    """Of which it held all that it asked for."""
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from ditherps.sampling import Ids
 from ditherps.tasks import Samples
 
 MOST_IDS: Final = 1 << 32
+VERSION_BYTES: Final = 16
 
 _HEAD: Final = struct.Struct("<IBI")  # ids, Rice parameter, bits of the first part
 
@@ -28,6 +29,25 @@ def version(samples: Samples, shard: Ids) -> bytes:
     for row in shard.tolist():  # one by one: no copy of the shard
         state.update(np.ascontiguousarray(samples.features[row].numpy()).data)
     return state.digest()
+
+
+def stated(samples: Samples, shard: Ids) -> bytes:
+    """What a worker says of its samples: `version`, then the ids (`pack`). Raises `UserError` as `pack`."""
+    return version(samples, shard) + pack(shard)
+
+
+def read(data: bytes, samples: int) -> tuple[bytes, Ids]:
+    """Version and ids of what `stated` wrote; `samples`: how many the task has, 0: not known.
+
+    Raises:
+        PayloadError: it did not write this, there are no ids, or one is out of range.
+    """
+    ids = unpack(data[VERSION_BYTES:])
+    if len(ids) == 0:
+        raise PayloadError("a shard without samples", Reason.SIZE)
+    if samples and ids[-1] >= samples:
+        raise PayloadError(f"a shard with sample {ids[-1]}; the task has {samples}", Reason.SIZE)
+    return data[:VERSION_BYTES], ids
 
 
 def pack(shard: Ids) -> bytes:
