@@ -1,8 +1,8 @@
 """What a second thread gains: a codec's encoding and decoding, beside a loop that only computes, in the same run.
 
 Threads of a shared machine may be halves of one core, or have other work: only the ratio of the two gains says whether
-a codec's threads wait for each other or for memory. Each time is the fastest of several runs: what
-else the machine does can only add to one, and to that of two threads more often.
+a codec's threads wait for each other or for memory. Each time is the fastest of several runs: what else the machine
+does can only add to one, and adds to that of two threads more often.
 """
 
 from __future__ import annotations
