@@ -101,7 +101,7 @@ def test_a_cluster_trains_while_it_is_taken_apart(engine: Engine, tmp_path: Path
 
     # Over mutual TLS: a worker's certificate gets in, nobody else does.
     first = project.containers("worker")[0]
-    status = engine.docker("exec", first, "ditherps", "status", "server:50051", "--certs", "/run/secrets", "--json")
+    status = engine.docker("exec", first, "ditherps", "status", "server:50051", "--certs", "/run/secrets/pool", "--json")
     members = {member["worker"] for member in json.loads(status.stdout)["members"]}
     assert members == {f"pool/{index}" for index in range(WORKERS)}
     assert engine.docker("exec", first, "ditherps", "status", "server:50051", check=False).returncode == 7
