@@ -110,8 +110,8 @@ def table(comparison: Mapping[str, Any]) -> Table:
     about = f", {well['rounds']} rounds, {well['workers']} workers" if well else ""
     result = Table(title=f"{comparison['task']}{about}", padding=(0, 1, 0, 0))
     result.caption = (
-        "Mbit: all workers; payload: what of the way up is no framing or control; bits: of the wire, for a coordinate of "
-        "the model; below: how many times less than float32 in both directions"
+        "Mbit: all workers; payload: of the way up, without framing and control; bits: of the wire, for a coordinate "
+        "of the model; below: how many times less than float32 in both directions"
     )
     result.add_column("codec", overflow="fold", min_width=14)
     for column in _COLUMNS:

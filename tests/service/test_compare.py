@@ -19,7 +19,7 @@ from ditherps.local import run_local
 from ditherps.plots import read_records
 from tests.service.test_local import job_of
 
-SPECS = ("none", "bf16", "dqsg:levels=1.5,bucket=512/dqsg:levels=3")
+SPECS = ("none", "bf16", "dqsg:levels=1.5,bucket=512/dqsg:levels=3", "data:level=2")
 FOLDERS = ("1-none", "3-dqsg-levels-1.5-bucket-512-dqsg-levels-3")
 PLOTS = ("accuracy_bits.png", "loss_bits.png", "accuracy_time.png")
 
@@ -33,7 +33,7 @@ class Compared(NamedTuple):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
-    """One comparison of three codecs, whose second run never comes about."""
+    """One comparison of three codecs and of samples, whose second run never comes about."""
 
     def run_or_fail(job: ResolvedJob, *arguments: Any, **options: Any) -> tuple[dict[str, Any] | None, int]:
         if job.config.codec == "bf16":
@@ -59,10 +59,11 @@ class TestCompared:
         assert comparison == json.loads((compared.folder / "compare.json").read_text())
         assert comparison["task"] == "digits"
         assert [run["codec"] for run in comparison["runs"]] == list(SPECS)
-        plain, failed, dithered = comparison["runs"]
+        plain, failed, dithered, samples = comparison["runs"]
         assert failed["failure"] == "worker-0 ended with exit code 6: it fell over"
         assert (failed["exit_code"], failed["test_accuracy"]) == (ExitCode.UNREACHABLE, None)
-        for run in (plain, dithered):
+        assert [run["mode"] for run in (plain, dithered, samples)] == ["gradient", "gradient", "data"]
+        for run in (plain, dithered, samples):
             assert (run["exit_code"], run["failure"], run["rounds"]) == (0, None, 6)
             result = json.loads((Path(run["run_dir"]) / "result.json").read_text())
             assert all(run[key] == result[key] for key in comparing._KEPT)
@@ -71,6 +72,7 @@ class TestCompared:
             assert run["total_compression_vs_float32"] == pytest.approx(64 / both)
         assert (plain["downlink_codec"], dithered["downlink_codec"]) == ("none", "dqsg:levels=3")
         assert 8 < plain["uplink_bytes"] / dithered["uplink_bytes"] < 16
+        assert 5 < dithered["uplink_payload_bytes"] / samples["uplink_payload_bytes"] < 20
         assert 5 < plain["downlink_bytes"] / dithered["downlink_bytes"] < 16
 
     def test_everything_but_the_codec_is_equal(self, compared: Compared) -> None:
@@ -90,7 +92,7 @@ class TestCompared:
         assert any("failed: worker-0" in " ".join(line.split()) or "bf16: failed" in line for line in lines)
         for said in ("digits, 6 rounds, 2 workers", "accuracy", "payload", *PLOTS):
             assert said in compared.output
-        assert [f"run {n} of 3: {spec}" in compared.error for n, spec in enumerate(SPECS, 1)] == [True] * 3
+        assert [f"run {n} of 4: {spec}" in compared.error for n, spec in enumerate(SPECS, 1)] == [True] * 4
         for name in PLOTS:
             with Image.open(compared.folder / name) as image:
                 image.verify()
@@ -127,6 +129,18 @@ def test_a_downlink_of_all_that_name_none() -> None:
     assert {job.config.downlink.digest_every for job in jobs} == {3}
     with pytest.raises(OptionError, match="codec = 'nope'"):
         comparing.resolve(["none/dqsg", "dqsg"], {"task": "digits", "downlink": {"codec": "nope"}})
+
+
+def test_samples_alone_take_no_model_down() -> None:
+    """A way down is encoded in mode `data` only where workers compute gradients too."""
+    specs = ["data", "data:keep=0.5", "data+dqsg:coder=rans", "data/dqsg"]
+    jobs = comparing.resolve(specs, {"task": "digits"})
+    assert {job.config.mode for job in jobs} == {"data"}
+    first, gated, refined, named = (job.config.downlink.codec for job in jobs)
+    assert (first, named) == ("none", "dqsg")
+    assert "step=rms" in gated
+    assert "coder=rans" in refined
+    assert comparing.resolve(["dqsg"], {"task": "digits", "mode": "auto"})[0].config.downlink.codec == "none"
 
 
 def a_run(codec: str, **more: Any) -> dict[str, Any]:
