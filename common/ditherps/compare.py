@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ditherps.config import merged
 from ditherps.errors import DitherpsError, ExitCode, OptionError
+from ditherps.files import make
 from ditherps.job import ResolvedJob, job_options, resolve_job
 from ditherps.local import run_local
 from ditherps.summary import print_wide
@@ -63,7 +64,7 @@ def compare(
         `failure` or null, and figures of its result), `plots`. And the exit code of the first run that failed, or 0.
         A failure leaves the others alone; an interrupt ends all.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make(run_dir)
     rows: list[dict[str, Any]] = []
     for place, (spec, job) in enumerate(zip(specs, jobs, strict=True), 1):
         folder = run_dir / f"{place}-{re.sub('[^A-Za-z0-9.]+', '-', spec).strip('-')}"
