@@ -309,6 +309,21 @@ async def test_other_samples_while_a_round_is_open(tmp_path: Path) -> None:
         assert (await closes_well(served, bob)).model_sha256 == simulated(served.job, Tiny())
 
 
+async def test_another_content_while_one_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch, "validate")
+    async with opened(tmp_path, rounds=1) as (served, eve, bob, plan):
+        good = eve.sampled(plan)
+        junk = b"\xff" * len(good.update)
+        checked = asyncio.create_task(eve.sends(plan, junk, len(junk)))
+        await gate.holds()
+        again = asyncio.create_task(eve.sends(plan, good.update, good.sample_bytes))
+        await gate.holds()
+        gate.open.set()
+        assert await checked == Reason.SUPERSEDED
+        assert await again == ""
+        assert (await closes_well(served, bob)).model_sha256 == simulated(served.job, Tiny())
+
+
 async def test_other_samples_while_a_contribution_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the redo log a contribution stands behind what its worker had said by then."""
     gate = Gate(monkeypatch, "validate")
