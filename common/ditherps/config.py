@@ -428,6 +428,8 @@ class WorkerConfig(_Config):
     device: str = Field("auto", pattern=DEVICE)
     allow_data: bool = False
     """Let a server that trains in mode `data` see this worker's samples and labels."""
+    max_data_level: int = Field(15, ge=0, le=15)
+    """With `allow_data`: the finest level, in bits of a feature, at which samples may leave this worker."""
     data_dir: Path | None = None
     metrics_host: str = "127.0.0.1"
     metrics_port: int = Field(-1, ge=-1, le=65535)

@@ -23,6 +23,7 @@ from ditherps.dither import TILE
 from ditherps.errors import Reason, RefusedError
 from ditherps.kernels import robust
 from ditherps.layout import Layout, pack_buffers, unpack_buffers
+from ditherps.pool import on_threads
 from ditherps_server.blocks import Blocks, Sender, SideRule
 from ditherps_server.rule import least_contributions, trimmed
 
@@ -194,8 +195,7 @@ def weighted_mean(
     def add(span: tuple[int, int]) -> DecodeReport:
         return _add_chunk(sources, nested, into[span[0] : span[1]], span, running_side)
 
-    reports = pool.map(add, spans) if pool is not None else map(add, spans)
-    return sum(reports, DecodeReport(0, 0, 0))
+    return sum(on_threads(pool, add, spans), DecodeReport(0, 0, 0))
 
 
 def _add_chunk(

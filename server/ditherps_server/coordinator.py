@@ -521,6 +521,8 @@ class Coordinator:
         announcements = report.announcements
         record = self.accounts.applied(action, announcements, report, evaluation, self.model, spent, self._clock())
         self.accounts.show(record, announcements)
+        if report.samples is not None:
+            self.accounts.show_samples(report.samples)
         self._recorder.add(record)
         entered = Entered(plan.round, plan.attempt, record.version, len(action.members))
         self._entered.update(dict.fromkeys(action.members, entered))

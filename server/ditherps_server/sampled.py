@@ -7,6 +7,7 @@ lacks of them, some coordinates of the worker's gradient at the same samples (th
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -20,7 +21,7 @@ from ditherps.codecs import codec as make_codec
 from ditherps.config import AggregationConfig, JobConfig
 from ditherps.errors import PayloadError, Reason
 from ditherps.samples.agreement import Agreement, agreement
-from ditherps.samples.codec import SampleCodec
+from ditherps.samples.codec import NOTHING, SampleCodec
 from ditherps.samples.contents import Contents, Parts
 from ditherps.samples.mode import sample_codec
 from ditherps.samples.need import Need, distinct
@@ -32,7 +33,7 @@ from ditherps_server.cache import SampleCache, Taken
 from ditherps_server.model import ServerModel
 from ditherps_server.staging import Announcement, Contribution
 from ditherps_server.trainer import Computed, Trainer
-from ditherps_server.updates import Sum, address_of
+from ditherps_server.updates import SampleReport, Sum, address_of
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +47,7 @@ class _Shard(NamedTuple):
 
 
 class SampledUpdates:
-    """Contributions of samples; `ditherps_server.updates.Updates` says what its methods do.
-
-    Attributes:
-        agreement: of the last probe: the worst of its round; None before the first.
-    """
+    """Contributions of samples; `ditherps_server.updates.Updates` says what its methods do."""
 
     buffer_bytes = 0
     """The buffers are those that the server's own computation leaves."""
@@ -60,7 +57,8 @@ class SampledUpdates:
     ) -> None:
         """`codec`: of the refinement, if the job has one."""
         self.cache = cache
-        self.agreement: Agreement | None = None
+        self._agreement: Agreement | None = None
+        self._gradient_seconds = 0.0
         self._job, self._task, self._model = job, task, model
         self._contents = Contents(job, task, model.layout.coordinates, codec if job.data.refine else None)
         self._refinement = self._contents.refinement
@@ -158,6 +156,7 @@ class SampledUpdates:
 
     def _computed(self, contributions: Sequence[Contribution]) -> Iterator[tuple[Contribution, Computed]]:
         """The gradient at each contribution's samples; it holds until the next."""
+        began, self._gradient_seconds = time.perf_counter(), 0.0
         self._trainer.take(self._model)
         for contribution in contributions:
             announcement, taken = contribution.announcement, _taken(contribution)
@@ -165,10 +164,12 @@ class SampledUpdates:
             features, labels = change.samples(self._of(announcement.index).codec)
             keys = augmentation_keys(self._job.seed, taken.epochs, change.ids[change.where])
             weights = None if taken.selection is None else torch.from_numpy(taken.selection.weights).float()
-            yield (
-                contribution,
-                self._trainer.compute(announcement.round, announcement.index, features, labels, keys, weights),
-            )
+            computed = self._trainer.compute(
+                announcement.round, announcement.index, features, labels, keys, weights
+            )  # fmt: skip
+            self._gradient_seconds += time.perf_counter() - began
+            yield contribution, computed
+            began = time.perf_counter()
 
     def decodes_alone(self, role: Role) -> bool:
         """No: gradients are computed when the round is closed, one after the other."""
@@ -198,8 +199,8 @@ class SampledUpdates:
         probed = [c for c in contributions if self._contents.is_probed(c.announcement.round)]
         if not probed:
             return {}
-        found = {c.announcement.index: self._agreement(c, computed) for c, computed in self._computed(probed)}
-        self.agreement = max(found.values(), key=lambda agreed: agreed.relative_error)
+        found = {c.announcement.index: self._compared(c, computed) for c, computed in self._computed(probed)}
+        self._agreement = max(found.values(), key=lambda agreed: agreed.relative_error)
         limit = self._job.data.probe_limit
         return {
             index: PayloadError(
@@ -211,7 +212,7 @@ class SampledUpdates:
             if not agreed.relative_error <= limit
         }
 
-    def _agreement(self, contribution: Contribution, computed: Computed) -> Agreement:
+    def _compared(self, contribution: Contribution, computed: Computed) -> Agreement:
         announcement = contribution.announcement
         places = self._contents.probed(announcement.round, announcement.index)
         theirs = self._parts(contribution).of(contribution.update).probe
@@ -243,7 +244,7 @@ class SampledUpdates:
             report, chosen = aggregate(senders, into, rule, pool=pool)
         return Sum(report, chosen, buffers, announcements)
 
-    def entered(self, contributions: Sequence[Contribution]) -> None:
+    def entered(self, contributions: Sequence[Contribution]) -> SampleReport:
         """The round is applied: its samples enter the cache."""
         try:
             for contribution in contributions:
@@ -251,6 +252,12 @@ class SampledUpdates:
         except OSError as error:
             log.error("the sample cache cannot be written, and is emptied: %s", error.strerror)
             self.cache.wipe()
+        held = np.concatenate([_taken(contribution).change.need.held for contribution in contributions])
+        new, whole = int((held == NOTHING).sum()), int((held == self._job.data.level).sum())
+        return SampleReport(
+            new, len(held) - new - whole, whole, self._gradient_seconds, len(self.cache), self.cache.nbytes,
+            self._agreement,
+        )  # fmt: skip
 
 
 def _taken(contribution: Contribution) -> Taken:

@@ -58,7 +58,8 @@ class ParameterServerService:
         identity = self._gate.identity(context)
         self._admission.join(request.worker if identity is None else identity)
         name = self._gate.name(identity, request.worker)
-        check_join(request, job.task, job.mode, codecs, 4 * coordinator.model.layout.coordinates)
+        level = job.data.level if job.mode == "data" else 0
+        check_join(request, job.task, job.mode, level, codecs, 4 * coordinator.model.layout.coordinates)
         session = await coordinator.join(name, request.lease_key, declared_samples(request.samples, job))
         layout = coordinator.model.layout
         return pb.JoinResponse(
@@ -190,7 +191,7 @@ def declared_samples(asked: int, job: JobConfig) -> int:
     return asked or job.batch_samples
 
 
-def check_join(request: pb.JoinRequest, task: str, mode: str, codecs: set[str], model_bytes: int) -> None:
+def check_join(request: pb.JoinRequest, task: str, mode: str, level: int, codecs: set[str], model_bytes: int) -> None:
     """The rules of compatibility between a worker and a job; raises `RefusedError` with the first that fails."""
     limits = request.limits
     rules: list[tuple[bool, Reason, str]] = [
@@ -210,6 +211,11 @@ def check_join(request: pb.JoinRequest, task: str, mode: str, codecs: set[str], 
             Reason.DATA_NOT_ALLOWED,
             "the job's mode is data: this server would see the worker's samples and labels, quantized; say "
             "--allow-data there to let it",
+        ),
+        (
+            level <= limits.data_bits,
+            Reason.DATA_NOT_ALLOWED,
+            f"samples at level {level} are asked for; the worker allows {limits.data_bits}",
         ),
         (mode in limits.modes, Reason.LIMITS, f"the worker does not take mode {mode!r}"),
         *(

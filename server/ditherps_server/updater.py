@@ -22,7 +22,7 @@ from ditherps_server.broadcast import Broadcast, StepReport
 from ditherps_server.model import ServerModel
 from ditherps_server.optimizer import ServerOptimizer
 from ditherps_server.staging import Announcement, Contribution
-from ditherps_server.updates import Updates
+from ditherps_server.updates import SampleReport, Updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,8 @@ class UpdateReport:
     """Of w; None where it is x."""
     announcements: Sequence[Announcement]
     """Of the contributions, with what the server found out itself."""
+    samples: SampleReport | None
+    """In mode `data`."""
 
 
 class Updater:
@@ -165,5 +167,5 @@ class Updater:
         step = self._broadcast.step(self._update)
         weights = [float(contribution.announcement.samples) for contribution in contributions]
         self._model.advance(merged_buffers(self._model.layout, total.buffers, weights, rule, total.chosen))
-        self._updates.entered(contributions)
-        return UpdateReport(total.report, decode_seconds, learning_rate, step, total.announcements)
+        samples = self._updates.entered(contributions)
+        return UpdateReport(total.report, decode_seconds, learning_rate, step, total.announcements, samples)

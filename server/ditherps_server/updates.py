@@ -17,6 +17,7 @@ from ditherps.config import AggregationConfig, JobConfig
 from ditherps.dither import Address, Domain
 from ditherps.errors import PayloadError, Reason
 from ditherps.layout import Layout
+from ditherps.samples.agreement import Agreement
 from ditherps_server.aggregate import Sender, aggregate
 from ditherps_server.staging import Announcement, Contribution
 
@@ -36,6 +37,29 @@ class Sum:
     chosen: tuple[int, ...]
     buffers: Sequence[bytes | memoryview]
     announcements: Sequence[Announcement]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleReport:
+    """What a round's samples were, in mode `data`.
+
+    Attributes:
+        new: of which nothing was held.
+        finer: of which something was held, but not all that was asked for.
+        held: of which nothing had to be sent.
+        gradient_seconds: what all gradients of the round took.
+        cached: samples that are kept now, and
+        cached_bytes: what they take of the budget.
+        agreement: of the last probe, the worst of its round; None before the first.
+    """
+
+    new: int
+    finer: int
+    held: int
+    gradient_seconds: float
+    cached: int
+    cached_bytes: int
+    agreement: Agreement | None
 
 
 class Updates(Protocol):
@@ -82,7 +106,7 @@ class Updates(Protocol):
         """Write the update by the job's rule into `into`; raises as `ditherps_server.aggregate.aggregate`."""
         ...
 
-    def entered(self, contributions: Sequence[Contribution]) -> None:
+    def entered(self, contributions: Sequence[Contribution]) -> SampleReport | None:
         """The round is applied."""
         ...
 

@@ -10,7 +10,6 @@ from ditherps.codecs import Codec, Role, codec_names
 from ditherps.config import JobConfig, WorkerConfig, validated
 from ditherps.downlink import downlink_codec
 from ditherps.errors import PayloadError, Reason, RefusedError, UserError
-from ditherps.kernels.samples import MOST_LEVEL
 from ditherps.network import is_loopback
 from ditherps.samples.mode import update_codec
 from ditherps.text import one_line
@@ -34,7 +33,7 @@ def stated(config: WorkerConfig) -> pb.WorkerLimits:
     """What a worker says at Join that it takes."""
     return pb.WorkerLimits(
         modes=(*MODES, "data") if config.allow_data else MODES, codecs=codec_names(), plan_bytes=PLAN_BYTES,
-        model_bytes=config.max_model_bytes, data_bits=MOST_LEVEL if config.allow_data else 0,
+        model_bytes=config.max_model_bytes, data_bits=config.max_data_level,
     )  # fmt: skip
 
 
@@ -50,6 +49,9 @@ def accepted(joined: pb.JoinResponse, limits: pb.WorkerLimits) -> JobConfig:
     job = _job(joined.job)
     if job.mode == "data" and "data" not in limits.modes:
         raise RefusedError(Reason.DATA_NOT_ALLOWED, DATA_ASKED_FOR)
+    if job.mode == "data" and job.data.level > limits.data_bits:
+        message = f"samples at level {job.data.level} are asked for; this worker allows {limits.data_bits}"
+        raise RefusedError(Reason.DATA_NOT_ALLOWED, message)
     if job.mode not in limits.modes:
         raise RefusedError(Reason.LIMITS, f"the job's mode is {job.mode!r}, which this worker does not take")
     up = job.data.refine.partition(":")[0] if job.mode == "data" else job.codec

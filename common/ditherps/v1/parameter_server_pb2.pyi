@@ -64,7 +64,7 @@ class WorkerLimits(_message.Message):
     model_bytes: _builtins.int
     plan_bytes: _builtins.int
     data_bits: _builtins.int
-    """Finest level of quantized samples that may leave the node; 0: none."""
+    """Mode `data`: finest level of quantized samples that may leave the node."""
     @_builtins.property
     def modes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
