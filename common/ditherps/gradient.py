@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,6 +74,10 @@ def backward(
     model.gradient.zero_()
     if weights is not None and len(labels) == 0:
         return torch.zeros((), device=model.device)
+    if weights is not None and len(labels) == 1:
+        # Batch norm refuses to train on a single value; the same sample twice has the same mean and no variance.
+        features, labels, weights = (torch.cat([column, column]) for column in (features, labels, weights / 2))
+        keys = None if keys is None else np.concatenate([keys, keys])
     outputs = model.module(task.inputs(name, features, keys).to(model.device))
     labels = labels.to(model.device)
     if weights is None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ditherps.codecs import Codec, parse
 from ditherps.codecs import codec as make_codec
-from ditherps.codecs import parse
 from ditherps.config import (
     DownlinkConfig,
     JobConfig,
@@ -23,7 +23,7 @@ from ditherps.config import (
 from ditherps.downlink import downlink_codec
 from ditherps.errors import OptionError
 from ditherps.feedback import require_contractive
-from ditherps.samples.mode import check_mode, chosen
+from ditherps.samples.mode import check_mode, chosen, needs_model, update_codec
 from ditherps.tasks import Recipe, Task, load_task
 
 
@@ -55,12 +55,8 @@ def resolve_job(flags: Mapping[str, Any], path: Path | None = None) -> ResolvedJ
     task = load_task(str(asked.get("task", JobConfig.model_fields["task"].default)))
     recipe = task.recipe(asked.get("model") or None)
     job = validated(JobConfig, merged(_defaults(recipe, asked), asked))
-    codec = make_codec(job.codec, **job.codec_options)
-    down = downlink_codec(job.downlink, codec)
-    # As a name, so that the job says what is sent, whatever a later version chooses.
-    job = job.model_copy(update={"downlink": job.downlink.model_copy(update={"codec": down.spec if down else "none"})})
     if job.error_feedback:
-        require_contractive(codec)
+        require_contractive(make_codec(job.codec, **job.codec_options))
     choice = ""
     if job.mode == "auto":
         coordinates = sum(parameter.numel() for parameter in task.build(job.model or None, job.seed).parameters())
@@ -68,7 +64,21 @@ def resolve_job(flags: Mapping[str, Any], path: Path | None = None) -> ResolvedJ
         job, choice = job.model_copy(update={"mode": found.mode}), found.sentence
     if job.mode == "data":
         check_mode(job.data, task)
+    # As a name, so that the job says what is sent, whatever a later version chooses.
+    down = downlink_codec(job.downlink, _downlink_kind(job))
+    job = job.model_copy(update={"downlink": job.downlink.model_copy(update={"codec": down.spec if down else "none"})})
     return ResolvedJob(job, task, server, worker, choice)
+
+
+def _downlink_kind(job: JobConfig) -> Codec:
+    """The codec of whose kind the way down is where the job does not say: that of the updates.
+
+    In mode `data`, workers that send all their samples and no more do not need the model: encoding its steps would only
+    take the gradients away from x. With a gate and no refinement it is the codec of gradients.
+    """
+    if job.mode != "data" or not needs_model(job.data) or job.data.refine:
+        return update_codec(job)
+    return make_codec(job.codec, **job.codec_options)
 
 
 def _table(name: str, value: object) -> Mapping[str, Any]:

@@ -18,6 +18,7 @@ import tomli_w
 
 from ditherps.config import JobConfig
 from ditherps.errors import ExitCode, UnreachableError
+from ditherps.files import make
 from ditherps.job import ResolvedJob
 from ditherps.summary import print_summary
 from ditherps.view import SilentView, View, view
@@ -66,7 +67,7 @@ def run_local(
     Leaves no process behind. Logs of the processes are in the run folder. `quiet` shows errors only.
     """
     job = resolved.config
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make(run_dir)
     for leftover in ("server.json", "result.json", "rounds.jsonl"):
         (run_dir / leftover).unlink(missing_ok=True)
     file = {

@@ -138,7 +138,10 @@ class Coordinator:
         while self._closings:  # what enters the cache must not change on its way
             await asyncio.wait(self._closings)
         index = self.members.check(fence).index
+        if self._finished.done():
+            return  # the last checkpoint may be on its way
         if self._sampled.state(index, stated):
+            self._staging.unsettle(index)  # replay finds it behind what this worker has said
             self._redo.append(Sharded(index=index, stated=stated))
         self._handle(rounds.Joined(index, self.members.names[index]))
 
@@ -223,6 +226,7 @@ class Coordinator:
         Raises `PayloadError` when the content is not what its header says, or cannot be decoded, `RefusedError` when
         the round has ended, another content has taken its place meanwhile, or there is no room for it on the disk.
         """
+        self._check_open(contribution)  # from here on nothing of what its check looks at may be changing
         try:
             await self._checked(contribution)
         except DitherpsError:

@@ -261,5 +261,7 @@ class SampledUpdates:
 
 
 def _taken(contribution: Contribution) -> Taken:
-    assert contribution.taken is not None
-    return contribution.taken
+    taken = contribution.taken
+    if taken is None:  # while it is checked another content may take its place
+        raise PayloadError("this contribution is forgotten")
+    return taken

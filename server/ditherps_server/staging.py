@@ -160,6 +160,12 @@ class Staging:
             del self._held[contribution.announcement.index]
             contribution.end(object())
 
+    def unsettle(self, index: int) -> None:
+        """What a worker's contribution rests on changes: forget it, unless it is being written down or has been."""
+        held = self._held.get(index)
+        if held is not None and not held.whole and held.written is None:
+            self.drop(held)
+
     def check(self, contribution: Contribution) -> None:
         """Raises `RefusedError` when a contribution was forgotten: `late`, or `superseded` by another content."""
         if self._held.get(contribution.announcement.index) is not contribution:

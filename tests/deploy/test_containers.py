@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,16 +19,20 @@ from tests.service.harness import wait_until
 
 pytestmark = [pytest.mark.deploy, pytest.mark.slow, pytest.mark.timeout(3000)]  # both images are built from nothing
 
-ROUNDS, WORKERS = 3000, 3
+ROUNDS, WORKERS = 1000, 3
+# With a quorum of all, a round waits for the replacement of a worker: however fast the machine, there are rounds left.
 JOB = f"""
 task = "digits"
 codec = "dqsg"
 rounds = {ROUNDS}
 members = ["pool/*"]
-quorum = 0.6
-round_deadline_seconds = 120
+quorum = 1.0
+round_deadline_seconds = 300
 idle_timeout_seconds = 10
 join_timeout_seconds = 300
+
+[worker]
+connect_timeout_seconds = 300
 """
 
 
@@ -55,6 +59,8 @@ class Project:
         self._engine, self.folder = engine, folder
         shutil.copytree(DEPLOY, folder, ignore=shutil.ignore_patterns("certs", ".env", "pictures"))
         (folder / "test.toml").write_text(JOB)
+        prometheus = folder / "prometheus/prometheus.yml"
+        prometheus.write_text(prometheus.read_text().replace(": 5s", ": 1s"))
         self.prometheus_port = free_port()
         settings = {
             "GRAFANA_PASSWORD": "unused", "WORKERS": WORKERS, "JOB_FILE": "./test.toml", "TAG": TAG, "BASE": BASE,
@@ -82,51 +88,69 @@ class Project:
             return {}
         return {s["metric"].get("worker") or s["metric"].get("job", ""): float(s["value"][1]) for s in found}
 
+    def server_says(self, expression: str) -> int:
+        """A gauge of the server, as Prometheus has it; 0 while it has none."""
+        return int(self.query(expression).get("ditherps-server", 0))
+
     def round(self) -> int:
-        """The round that is open, as Prometheus has it."""
-        return int(self.query('ditherps_round{job="ditherps-server"}').get("ditherps-server", 0))
+        """The round that is open."""
+        return self.server_says('ditherps_round{job="ditherps-server"}')
+
+    def present(self) -> int:
+        """The workers that are here."""
+        return self.server_says('ditherps_round_workers{state="present"}')
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Returns once it is true; asked a few times a second, since each question takes a process or Prometheus's time."""
+    wait_until(condition, seconds, what, every_seconds=0.3)
 
 
 def test_a_cluster_trains_while_it_is_taken_apart(engine: Engine, tmp_path: Path) -> None:
     project = Project(engine, tmp_path / "deploy")
     compose = project.compose
+    up = ("up", "-d", "--no-build", "--no-recreate", "--scale", f"worker={WORKERS}", "server", "worker", "prometheus")
     compose("run", "--rm", "certs")
-    compose("up", "-d", "--no-build", "--scale", f"worker={WORKERS}", "server", "worker", "prometheus")
+    compose(*up)
 
-    wait_until(lambda: project.round() > 30, 400, "30 rounds")
-    assert project.query("count by (job) (up == 1)") == {"ditherps-server": 1, "ditherps-worker": WORKERS}
+    wait_for(lambda: project.round() > 30, 400, "30 rounds")
+
+    # One worker dies, and the round that is open waits for another in its place.
+    first, second = project.containers("worker")[:2]
+    engine.docker("rm", "--force", first)
+    wait_for(lambda: project.present() == WORKERS - 1, 100, "its absence")
+    stopped_at = project.round()
+    assert stopped_at < ROUNDS / 2, "the run was too short to see it"
     (server,) = project.containers("server")
     assert engine.docker("exec", server, "id", "-u").stdout.strip() == "10001"
     assert engine.docker("exec", server, "sh", "-c", "command -v gcc cc pip", check=False).stdout == ""
 
     # Over mutual TLS: a worker's certificate gets in, nobody else does.
-    first = project.containers("worker")[0]
-    status = engine.docker("exec", first, "ditherps", "status", "server:50051", "--certs", "/run/secrets", "--json")
-    members = {member["worker"] for member in json.loads(status.stdout)["members"]}
-    assert members == {f"pool/{index}" for index in range(WORKERS)}
-    assert engine.docker("exec", first, "ditherps", "status", "server:50051", check=False).returncode == 7
+    status = ("exec", second, "ditherps", "status", "server:50051", "--json")
+    members = json.loads(engine.docker(*status, "--certs", "/run/secrets/pool").stdout)["members"]
+    assert {member["worker"] for member in members} == {f"pool/{index}" for index in range(WORKERS)}
+    assert engine.docker(*status, check=False).returncode == 7
 
-    # One worker dies, and another takes its place.
-    engine.docker("rm", "--force", first)
-    wait_until(lambda: max(project.query("ditherps_worker_absences_total").values(), default=0), 100, "an absence")
-    compose("up", "-d", "--no-build", "--no-recreate", "--scale", f"worker={WORKERS}", "server", "worker", "prometheus")
-    wait_until(
-        lambda: sum(project.query('ditherps_round_workers{state="present"}').values()) == WORKERS, 200, "a replacement"
-    )
+    # New certificates are seen in the containers as they are.
+    old = (project.folder / "certs/server/cert.pem").read_text()
+    compose("run", "--rm", "certs", "--renew")
+    assert engine.docker("exec", server, "cat", "/run/secrets/server/cert.pem").stdout != old
+
+    compose(*up)
+    wait_for(lambda: project.round() > stopped_at + 20, 200, "rounds with its replacement")
     assert first not in project.containers("worker")
-    replaced = project.round()
-    assert replaced < ROUNDS - 100, "the run was too short to see it"
+    scraped = {"ditherps-server": 1, "ditherps-worker": WORKERS}
+    wait_for(lambda: project.query("count by (job) (up == 1)") == scraped, 60, "metrics of all of them")
 
     # The server is restarted, and goes on.
     before = project.round()
     compose("restart", "server")
-    wait_until(lambda: project.round() > before + 20, 400, "rounds after the restart")
+    wait_for(lambda: project.round() > before + 20, 400, "rounds after the restart")
     log = [json.loads(line) for line in engine.docker("logs", server).stderr.splitlines() if line.startswith("{")]
     (resumed,) = [line for line in log if line["message"].startswith("resumed")]
-    assert resumed["version"] >= before - 60
+    assert 0 < resumed["version"] < ROUNDS
 
-    wait_until(lambda: engine.inspect(server)["State"]["Status"] == "exited", 600, "the end of the job")  # type: ignore[index]
-    assert engine.inspect(server)["State"]["ExitCode"] == 0  # type: ignore[index]
+    assert engine.docker("wait", server).stdout.strip() == "0"
     engine.docker("cp", f"{server}:/var/lib/ditherps/run", tmp_path / "run")
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["reason"] == "finished"
@@ -140,6 +164,10 @@ def test_a_cluster_trains_while_it_is_taken_apart(engine: Engine, tmp_path: Path
     assert engine.docker("ps", "--all", "--quiet").stdout == ""
     assert engine.docker("volume", "ls", "--quiet").stdout == ""
     assert set(engine.docker("network", "ls", "--format", "{{.Name}}").stdout.split()) <= {"bridge", "host", "none"}
+
+
+def test_why_not_is_said_in_one_line() -> None:
+    assert "\n" not in why_not()
 
 
 def test_images_are_small_and_start_warm(engine: Engine) -> None:

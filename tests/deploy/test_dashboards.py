@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -43,6 +44,13 @@ def test_a_dashboard_reads_back_as_grafanas_own_types(path: Path) -> None:
     again = json.loads(json.dumps(Dashboard.from_json(values), cls=JSONEncoder))
     assert again == {key: value for key, value in values.items() if key != "id"}
     assert values["id"] is None
+
+
+def test_the_schema_is_that_of_the_grafana_that_compose_starts() -> None:
+    image = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["grafana"]["image"]
+    version = importlib.metadata.version("grafana-foundation-sdk").partition("!")[2]
+    assert image == f"${{GRAFANA_IMAGE:-grafana/grafana:{version}}}"
+    assert f"GRAFANA_IMAGE=grafana/grafana:{version}\n" in (DEPLOY / ".env.example").read_text()
 
 
 def test_uids_are_fixed_and_nothing_asks_to_be_filled_in() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -66,8 +67,8 @@ def test_the_example_says_every_variable_of_compose_and_no_password() -> None:
         if line and not line.startswith("#")
     )
     text = (DEPLOY / "compose.yaml").read_text() + (DEPLOY / "compose.gpu.yaml").read_text()
-    used = {part.partition("}")[0].split(":")[0] for part in text.split("${")[1:]}
-    assert used == set(said)
+    used = set(re.findall(r"\$\{(\w+)", text))
+    assert used | {"COMPOSE_PROJECT_NAME"} == set(said)
     assert said["GRAFANA_PASSWORD"] == ""
 
 
@@ -75,7 +76,10 @@ def test_base_and_tag_are_the_same_everywhere() -> None:
     dockerfile = (DEPLOY / "Dockerfile").read_text()
     base = COMPOSE["services"]["server"]["build"]["args"]["BASE"].removeprefix("${BASE:-").rstrip("}")
     assert f"ARG BASE={base}\n" in dockerfile
-    assert f"BASE={base}\n" in (DEPLOY / ".env.example").read_text()
+    index = COMPOSE["services"]["server"]["build"]["args"]["TORCH_INDEX"].removeprefix("${TORCH_INDEX-").rstrip("}")
+    assert f"ARG TORCH_INDEX={index}\n" in dockerfile
+    example = (DEPLOY / ".env.example").read_text()
+    assert f"\nBASE={base}\nTORCH_INDEX={index}\n" in example
     assert "latest" not in dockerfile
 
 

@@ -49,12 +49,12 @@ def last_json(output: str) -> dict[str, Any]:
     return value
 
 
-def wait_until(condition: Any, seconds: float = START_SECONDS, what: str = "") -> Any:
+def wait_until(condition: Any, seconds: float = START_SECONDS, what: str = "", every_seconds: float = 0.02) -> Any:
     """The first true value of `condition()`; fails after `seconds`."""
     limit = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < limit, f"waited {seconds} s for {what or condition}"
-        time.sleep(0.02)
+        time.sleep(every_seconds)
     return value
 
 

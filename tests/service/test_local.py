@@ -367,3 +367,15 @@ def test_waits_have_limits(tmp_path: Path) -> None:
         assert error.count("\n") == 1
     finally:
         cluster.close()
+
+
+def test_a_worker_compiles_what_its_job_file_names_before_it_joins(tmp_path: Path) -> None:
+    config, cache = tmp_path / "job.toml", tmp_path / "cache"
+    config.write_text('codec = "none"\n[worker]\nconnect_timeout_seconds = 1\n')
+    arguments = ["worker", "--server", "127.0.0.1:1", "--config", config]
+    assert run(arguments, NUMBA_CACHE_DIR=str(cache)).returncode == ExitCode.UNREACHABLE
+    assert "none" in (cache / "warm").read_text()
+    config.write_text('codec = "nonsense"\n')
+    refused = run(arguments)
+    assert refused.returncode == ExitCode.USAGE
+    assert "'nonsense'" in refused.stderr

@@ -8,15 +8,16 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import ditherps
-from ditherps import wire
-from ditherps.config import JobConfig, WorkerConfig
+from ditherps import kernels, wire
+from ditherps.config import JobConfig, WorkerConfig, validated
+from ditherps.downlink import downlink_codec
 from ditherps.errors import ExitCode, Reason, RefusedError, UnreachableError
 from ditherps.files import claimed
 from ditherps.gradient import make_deterministic, pick_device
@@ -32,6 +33,19 @@ from ditherps_worker.connection import check_plaintext
 from ditherps_worker.loop import Loop
 
 log = logging.getLogger(__name__)
+
+
+def warm_for(file: Mapping[str, Any]) -> None:
+    """Compile the kernels of the codecs that a job file names, where it names any.
+
+    Before the server knows of this worker: rounds wait for who has joined. Raises `OptionError` for what is no codec.
+    """
+    named = {key: file[key] for key in ("codec", "codec_options", "downlink") if key in file}
+    if "codec" in named:
+        job = validated(JobConfig, named)
+        codec = ditherps.codec(job.codec, **job.codec_options)
+        for used in {codec, downlink_codec(job.downlink, codec) or codec}:
+            kernels.warm(used)
 
 
 def run_worker(config: WorkerConfig) -> ExitCode:

@@ -54,8 +54,9 @@ def worker(
     settings = validated(WorkerConfig, merged(file.get("worker", {}), flags))
     log_to_stderr(verbose=verbose, form=settings.log_format)
 
-    from ditherps_worker.app import run_worker
+    from ditherps_worker.app import run_worker, warm_for
 
+    warm_for(file)
     raise typer.Exit(run_worker(settings))
 
 

@@ -14,7 +14,7 @@ from ditherps.config import JobConfig
 from ditherps.dither import Address, Domain
 from ditherps.samples.contents import Contents
 from ditherps.samples.importance import Selection, probabilities, scores
-from ditherps.samples.mode import sample_codec
+from ditherps.samples.mode import needs_model, sample_codec
 from ditherps.samples.need import Need, distinct
 from ditherps.samples.shard import stated
 from ditherps.sampling import Ids
@@ -56,7 +56,7 @@ class SampleSender:
         self._contents = Contents(job, computer.task, computer.model.layout.coordinates, refinement)
         self._refinement = refinement
         self.shard = stated(computer.samples, computer.shard)
-        self.needs_model = refinement is not None or job.data.keep < 1
+        self.needs_model = needs_model(job.data)
 
     def update(self, round_: int, attempt: int, need: bytes) -> SampledUpdate:
         """What a round asks of this worker; raises `PayloadError` for a need that cannot be.

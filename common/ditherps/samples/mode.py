@@ -24,6 +24,11 @@ def update_codec(job: JobConfig) -> Codec:
     return make_codec(job.codec, **job.codec_options)
 
 
+def needs_model(data: DataConfig) -> bool:
+    """Whether workers compute gradients too: for the refinement, or for the gate."""
+    return bool(data.refine) or data.keep < 1
+
+
 def sample_codec(job: JobConfig, task: Task, index: int) -> SampleCodec:
     """The codec of one worker's samples; raises `OptionError` where the task has no mode `data`."""
     return SampleCodec(features_of(task), task.classes, job.seed, index)
