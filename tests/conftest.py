@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
+
+ALONE = ("worker", "service", "faults", "deploy")
+"""Folders whose tests have processes, sockets and limits of time: with `pytest -n 2` never two of them at once."""
 
 settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("fixed")
@@ -16,6 +21,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--mutations", type=int, default=2_000, help="messages that tests/faults/test_mutations.py sends (100000)"
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say what `pytest -n` may run beside each other; what takes longest is first."""
+    folders = {item: item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("alone" if folders[item] in ALONE else item.path.stem))
+    items.sort(key=lambda item: folders[item] not in ALONE)
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,7 @@ class Tiny(Task):
     name = "tiny"
     classes = CLASSES
     features = Features((FEATURES,), (-8.0,), (8.0,), integer=False)
+    training_samples = 100
     models = {  # noqa: RUF012
         "linear": ModelSpec(_linear, _as_stored, _RECIPE),
         "norm": ModelSpec(_norm, _noisy, _RECIPE),

@@ -61,7 +61,8 @@ def compare(
             "--codec",
             "-c",
             help="UP or UP/DOWN, each NAME or NAME:option=value,...; repeat it for each run. DOWN is the codec of the "
-            "model's way to the workers (default: --downlink-codec, else as UP); with none it travels in float32.",
+            "model's way to the workers (default: --downlink-codec, else as UP); with none it travels in float32. "
+            "data:level=BITS,... in the place of UP sends samples, data:...+CODEC their gradient's refinement too.",
             show_default=False,
         ),
     ],
@@ -84,6 +85,10 @@ def compare(
     Float32 both ways, one codec both ways, and the same with a model that travels down in float32:
 
         ditherps compare --codec none --codec dqsg --codec dqsg/none
+
+    Samples of two bits a feature instead of gradients, and the same with what makes the estimate unbiased:
+
+        ditherps compare --codec dqsg --codec data:level=2 --codec data:level=2+dqsg:coder=rans,resolution=8
     """
     from ditherps import compare as comparing
 

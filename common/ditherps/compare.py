@@ -14,14 +14,19 @@ from rich.text import Text
 
 from ditherps.config import merged
 from ditherps.errors import DitherpsError, ExitCode, OptionError
+from ditherps.files import make
 from ditherps.job import ResolvedJob, job_options, resolve_job
 from ditherps.local import run_local
 from ditherps.summary import print_wide
 
 _KEPT = (
-    "downlink_codec", "test_accuracy", "test_loss", "uplink_bytes", "downlink_bytes", "uplink_bits_per_coordinate",
-    "downlink_bits_per_coordinate", "total_bits_per_coordinate", "compression_vs_float32",
+    "mode", "downlink_codec", "test_accuracy", "test_loss", "uplink_bytes", "uplink_payload_bytes", "downlink_bytes",
+    "uplink_bits_per_coordinate", "downlink_bits_per_coordinate", "total_bits_per_coordinate", "compression_vs_float32",
     "total_compression_vs_float32", "seconds", "rounds", "workers", "reason", "model_sha256",
+)  # fmt: skip
+
+_COLUMNS = (
+    "accuracy", "loss", "up\nMbit", "payload\nMbit", "down\nMbit", "bits\nup", "bits\ndown", "below", "seconds",
 )  # fmt: skip
 
 
@@ -29,7 +34,7 @@ def resolve(specs: Sequence[str], flags: Mapping[str, Any], config: Path | None 
     """The jobs to compare, all checked before the first begins.
 
     Args:
-        specs: codecs as `ditherps.job.directions` reads them: UP or UP/DOWN.
+        specs: codecs as `ditherps.job.job_options` reads them: UP or UP/DOWN, where UP may be `data`.
         flags: the job without its codec, as `ditherps.job.resolve_job` takes it; its downlink's codec is that of the
             runs that name none.
         config: a job file; what it says of a codec's options holds where that codec is compared.
@@ -59,7 +64,7 @@ def compare(
         `failure` or null, and figures of its result), `plots`. And the exit code of the first run that failed, or 0.
         A failure leaves the others alone; an interrupt ends all.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make(run_dir)
     rows: list[dict[str, Any]] = []
     for place, (spec, job) in enumerate(zip(specs, jobs, strict=True), 1):
         folder = run_dir / f"{place}-{re.sub('[^A-Za-z0-9.]+', '-', spec).strip('-')}"
@@ -105,19 +110,23 @@ def table(comparison: Mapping[str, Any]) -> Table:
     well = next((row for row in rows if row["rounds"] is not None), None)
     about = f", {well['rounds']} rounds, {well['workers']} workers" if well else ""
     result = Table(title=f"{comparison['task']}{about}", padding=(0, 1, 0, 0))
-    result.caption = "Mbit: all workers; bits: a coordinate; below: how many times less than float32 in both directions"
+    result.caption = (
+        "Mbit: all workers; payload: of the way up, without framing and control; bits: of the wire, for a coordinate "
+        "of the model; below: how many times less than float32 in both directions"
+    )
     result.add_column("codec", overflow="fold", min_width=14)
-    for column in ("accuracy", "loss", "up Mbit", "down Mbit", "bits up", "bits down", "below", "seconds"):
+    for column in _COLUMNS:
         result.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         if row["failure"]:
-            result.add_row(Text(f"{row['codec']}: failed: {row['failure']}"), *["-"] * 8)
+            result.add_row(Text(f"{row['codec']}: failed: {row['failure']}"), *["-"] * len(_COLUMNS))
             continue
         cells = (
             row["codec"],
             _number(row["test_accuracy"], ".4f"),
             _number(row["test_loss"], ".4f"),
             f"{8e-6 * row['uplink_bytes']:,.2f}",
+            f"{8e-6 * row['uplink_payload_bytes']:,.2f}",
             f"{8e-6 * row['downlink_bytes']:,.2f}",
             _number(row["uplink_bits_per_coordinate"], ".3f"),
             _number(row["downlink_bits_per_coordinate"], ".3f"),

@@ -33,6 +33,7 @@ class _Config(BaseModel):
 
 
 WORKER_NAME = re.compile(r"[a-z0-9][a-z0-9._/-]{0,62}")
+DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 Seconds = Annotated[float, Field(gt=0, le=7 * 86_400)]
 
 
@@ -156,6 +157,24 @@ class SplitConfig(_Config):
     """dirichlet: the smaller, the more a worker's labels differ from the others'."""
 
 
+class DataConfig(_Config):
+    """Mode `data`: quantized samples instead of gradients (Hanna et al., arXiv 2012.07913)."""
+
+    level: int = Field(2, ge=0, le=15)
+    """Bits of a feature; as deep as its own bits it is lossless."""
+    refine: str = ""
+    """NAME or NAME:option=value,... of the codec in which a worker also sends the difference between its gradient and
+    that at the quantized samples, which makes the estimate unbiased; empty: it does not."""
+    keep: float = Field(1.0, ge=1 / 16, le=1)
+    """Share of a batch's samples that a worker sends: those that matter more to the gradient more often. 1: all."""
+    cache_bytes: int = Field(1 << 30, ge=0)
+    """What the server keeps of samples, so that they need not be sent again; the least recently used go first."""
+    probe_every: int = Field(100, ge=1)
+    """With `refine`: rounds between two probes of whether server and worker compute the same gradient."""
+    probe_limit: float = Field(0.01, gt=0, allow_inf_nan=False)
+    """Relative error between the two above which a contribution is refused: it would be a bias."""
+
+
 _AGGREGATION_USES = {"trim": "trimmed_mean", "attackers": "krum", "chosen": "krum"}
 
 
@@ -202,7 +221,8 @@ class JobConfig(_Config):
     """Names of the workers, in the order of their index; empty: worker-0, worker-1, ...; POOL/* alone: POOL/0,
     POOL/1, ..."""
     rounds: int = Field(300, ge=1, lt=2**32)
-    mode: Literal["gradient", "local"] = "gradient"
+    mode: Literal["gradient", "local", "data", "auto"] = "gradient"
+    """auto: `data` or `gradient`, whichever takes fewer bits."""
     codec: str = "ndqsg"
     codec_options: dict[str, Any] = Field(default_factory=dict)
     error_feedback: bool = False
@@ -213,6 +233,7 @@ class JobConfig(_Config):
     batch_size: int = Field(32, ge=1, le=1 << 20)
     """Samples of a worker in one step."""
     local: LocalConfig = LocalConfig()
+    data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     split: SplitConfig = SplitConfig()
@@ -284,6 +305,12 @@ class JobConfig(_Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _no_update_to_correct(self) -> JobConfig:
+        if self.mode == "data" and self.error_feedback:
+            raise ValueError('error_feedback = true is not for mode = "data", whose refinement has to be unbiased')
+        return self
+
     @property
     def member_table(self) -> tuple[str, ...]:
         """Names of the workers: a worker's index is the position of its name."""
@@ -300,6 +327,13 @@ class JobConfig(_Config):
     def batch_samples(self) -> int:
         """Samples behind a contribution of the job's own batches."""
         return self.batch_size * (self.local.steps if self.mode == "local" else 1)
+
+    @property
+    def uplink(self) -> str:
+        """What a contribution is encoded in: the codec's name, and in mode `data` samples and how they are refined."""
+        if self.mode != "data":
+            return self.codec
+        return f"samples+{self.data.refine.partition(':')[0]}" if self.data.refine else "samples"
 
     @property
     def evaluation_interval(self) -> int:
@@ -370,6 +404,13 @@ class ServerConfig(_Config):
     limits: LimitsConfig = LimitsConfig()
     health_socket: Path | None = None
     """Serve on this Unix socket too, in plaintext: for health checks beside a server that asks for certificates."""
+    device: str = Field("auto", pattern=DEVICE)
+    """Where gradients are computed in mode `data`."""
+    cache_dir: Path | None = None
+    """Mode `data`: a folder for the samples that the server keeps; None: in memory. The checkpoint holds them too."""
+    keep_cache: bool = False
+    """Mode `data`: leave them in the run folder at the end of the job, where another one with the same seed finds them;
+    else they are wiped."""
     log_format: LogFormat = "text"
     tensorboard: Path | None = None
     """Folder for TensorBoard's event files."""
@@ -384,7 +425,11 @@ class WorkerConfig(_Config):
     """A name of the job's member table; empty: the lowest that is free."""
     task: str = ""
     """Empty: the built-in task that the server's job names. A `module:attribute` is only taken from here."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: str = Field("auto", pattern=DEVICE)
+    allow_data: bool = False
+    """Let a server that trains in mode `data` see this worker's samples and labels."""
+    max_data_level: int = Field(15, ge=0, le=15)
+    """With `allow_data`: the finest level, in bits of a feature, at which samples may leave this worker."""
     data_dir: Path | None = None
     metrics_host: str = "127.0.0.1"
     metrics_port: int = Field(-1, ge=-1, le=65535)

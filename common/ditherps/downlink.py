@@ -13,7 +13,6 @@ are taken at w.
 from __future__ import annotations
 
 import math
-from collections import deque
 from concurrent.futures import Executor
 
 import numpy as np
@@ -24,6 +23,7 @@ from ditherps.codecs import Codec, Encoded, Role, parse
 from ditherps.config import DownlinkConfig
 from ditherps.dither import SERVER, TILE, Address, Domain
 from ditherps.errors import OptionError
+from ditherps.pool import on_threads
 from ditherps.wire import digest_of
 
 LAG_LIMIT = 1.0
@@ -93,7 +93,7 @@ def take_step(
     def take(span: tuple[int, int]) -> None:
         codec.accumulate(encoded, address, w[slice(*span)], rate, span)
 
-    deque(pool.map(take, spans) if pool is not None else map(take, spans), maxlen=0)
+    on_threads(pool, take, spans)
 
 
 def rounds_here(config: DownlinkConfig, version: int) -> bool:

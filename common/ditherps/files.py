@@ -47,13 +47,25 @@ def write_at(descriptor: int, content: bytes | memoryview, offset: int) -> int:
     return done
 
 
+def make(folder: Path) -> None:
+    """Make a folder that may be there; raises `UserError` where it cannot be, or cannot be written into."""
+    reason = "no permission"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return
+    except OSError as error:
+        reason = error.strerror or str(error)
+    raise UserError(f"{folder} cannot be written: {reason}: choose another folder")
+
+
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder, which is made if it is not there, until the context or the process ends.
 
-    Raises `UserError` where another has it.
+    Raises `UserError` where another has it, or it cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make(folder)
     with (folder / LOCK_FILE).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

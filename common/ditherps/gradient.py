@@ -9,12 +9,27 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ditherps.dither import Address, Domain, words
+from ditherps.errors import OptionError
 from ditherps.layout import FlatModel
 from ditherps.tasks import Keys, Task
+
+
+def pick_device(name: str, index: int = 0) -> torch.device:
+    """`auto`: one of this machine's GPUs, by the worker's index, or the CPU where there is none.
+
+    Raises `OptionError` for a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device(f"cuda:{index % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError("--device", name, f"auto, cpu; this machine has {torch.cuda.device_count()} GPUs")
+    return device
 
 
 def make_deterministic(threads: int) -> None:
@@ -59,6 +74,10 @@ def backward(
     model.gradient.zero_()
     if weights is not None and len(labels) == 0:
         return torch.zeros((), device=model.device)
+    if weights is not None and len(labels) == 1:
+        # Batch norm refuses to train on a single value; the same sample twice has the same mean and no variance.
+        features, labels, weights = (torch.cat([column, column]) for column in (features, labels, weights / 2))
+        keys = None if keys is None else np.concatenate([keys, keys])
     outputs = model.module(task.inputs(name, features, keys).to(model.device))
     labels = labels.to(model.device)
     if weights is None:

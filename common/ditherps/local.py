@@ -18,6 +18,7 @@ import tomli_w
 
 from ditherps.config import JobConfig
 from ditherps.errors import ExitCode, UnreachableError
+from ditherps.files import make
 from ditherps.job import ResolvedJob
 from ditherps.summary import print_summary
 from ditherps.view import SilentView, View, view
@@ -66,7 +67,7 @@ def run_local(
     Leaves no process behind. Logs of the processes are in the run folder. `quiet` shows errors only.
     """
     job = resolved.config
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make(run_dir)
     for leftover in ("server.json", "result.json", "rounds.jsonl"):
         (run_dir / leftover).unlink(missing_ok=True)
     file = {
@@ -79,6 +80,8 @@ def run_local(
     with _Signals() as signals, Processes(run_dir) as processes:
         try:
             shown.note(f"run folder {run_dir}")
+            if resolved.choice:
+                shown.note(resolved.choice)
             _start(job, run_dir, data_dir, processes, signals, verbose=verbose)
             with shown:
                 code = _follow(run_dir, processes, signals, shown)
@@ -155,6 +158,7 @@ def _start(
     # Workers load what they need while the server starts: they wait for its announcement, as this does.
     for name in job.member_table:
         arguments = ["worker", "--server", f"@{run_dir / 'server.json'}", "--name", name, "--task", job.task, *shared]
+        arguments += ["--allow-data"] if job.mode == "data" else []  # whoever asked for it is the same person
         processes.workers[name] = processes.start(name, arguments)
     limit = time.monotonic() + START_SECONDS
     while not (run_dir / "server.json").exists():

@@ -128,6 +128,20 @@ class ServerMetrics(_Metrics):
         self.nested_failure_ratio = self._gauge(
             "nested_failure_ratio", "Share of nested tiles of this run that failed (0 to 1)."
         )
+        self.samples = self._counter(
+            "samples", "Mode data: samples of closed rounds, by how much of them was held: new, finer, held.", "kind"
+        )
+        self.cached_samples = self._gauge("cached_samples", "Mode data: samples that the server keeps.")
+        self.sample_cache_bytes = self._gauge("sample_cache_bytes", "Mode data: what they take of data.cache_bytes.")
+        self.gradient_seconds = self._histogram(
+            "gradient_seconds", "Mode data: computing the gradients of all workers of a round.", _ROUND_SECONDS
+        )
+        self.probe_cosine = self._gauge(
+            "probe_cosine", "Mode data: cosine of a worker's gradient and the server's, the worst of the last probe."
+        )
+        self.probe_relative_error = self._gauge(
+            "probe_relative_error", "Mode data: their difference over the server's norm; data.probe_limit bounds it."
+        )
         self.train_loss = self._gauge("train_loss", "Mean training loss of the last closed round.")
         self.test_loss = self._gauge("test_loss", "Test loss of the last evaluation.")
         self.test_accuracy = self._gauge("test_accuracy", "Test accuracy (0 to 1) of the last evaluation.")
@@ -174,6 +188,8 @@ class ServerMetrics(_Metrics):
             self.round_bits.labels(direction)
         for kind in ("snapshot", "steps", "check"):
             self.pulls.labels(kind)
+        for kind in ("new", "finer", "held"):
+            self.samples.labels(kind)
         for result in ("applied", "abandoned"):
             self.rounds.labels(result)
         for reason in Reason:
@@ -185,7 +201,7 @@ class ServerMetrics(_Metrics):
     def describe(self, job: JobConfig, downlink_codec: str, coordinates: int) -> None:
         """Export what the job is: what alerts and ratios are measured by."""
         info = self._gauge("job_info", "What is trained, and how; always 1.", "task", "mode", "codec", "downlink_codec")
-        info.labels(job.task, job.mode, job.codec, downlink_codec).set(1)
+        info.labels(job.task, job.mode, job.uplink, downlink_codec).set(1)
         for name, text, value in (
             ("job_rounds", "Rounds of the job.", job.rounds),
             ("job_workers", "Workers of the job.", job.workers),

@@ -54,7 +54,8 @@ Mode = Annotated[
     _option(
         "--mode",
         env="MODE",
-        text="gradient: one batch a round; local: several local steps a round (default: gradient).",
+        text="gradient: one batch a round; local: several local steps a round; data: quantized samples instead of "
+        "gradients; auto: data or gradient, whichever takes fewer bits (default: gradient).",
     ),
 ]
 Seed = Annotated[
@@ -181,6 +182,34 @@ Device = Annotated[
         panel=RUN,
     ),
 ]
+ServerDevice = Annotated[
+    str | None,
+    _option(
+        "--device", env="DEVICE", text="Where gradients are computed in mode data: auto, cpu, or cuda:N (default: "
+        "auto).", panel=RUN,
+    ),
+]  # fmt: skip
+AllowData = Annotated[
+    bool | None,
+    _option(
+        "--allow-data", env="ALLOW_DATA",
+        text="Let a server that trains in mode data see this worker's samples and labels, quantized.", panel=RUN,
+    ),
+]  # fmt: skip
+CacheDir = Annotated[
+    Path | None,
+    _option(
+        "--cache-dir", env="CACHE_DIR", text="Mode data: keep samples in this folder (default: in memory).", panel=RUN
+    ),
+]
+KeepCache = Annotated[
+    bool | None,
+    _option(
+        "--keep-cache", env="KEEP_CACHE",
+        text="Mode data: leave the samples in the run folder for the next job; else they are wiped at the end.",
+        panel=RUN,
+    ),
+]  # fmt: skip
 Json = Annotated[
     bool, _option("--json", env="JSON", text="Print the result as one JSON object, the last line of output.", panel=RUN)
 ]

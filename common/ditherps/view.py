@@ -254,4 +254,4 @@ def _number(value: float | None) -> str:
 
 def _codecs(job: JobConfig) -> str:
     """UP, or UP/DOWN where the job says what goes down."""
-    return f"{job.codec}/{job.downlink.codec}" if job.downlink.codec else job.codec
+    return f"{job.uplink}/{job.downlink.codec}" if job.downlink.codec else job.uplink

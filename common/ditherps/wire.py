@@ -74,12 +74,13 @@ def window_options(window_bytes: int) -> list[tuple[str, int]]:
 
 _STATUS: dict[grpc.StatusCode, tuple[Reason, ...]] = {
     grpc.StatusCode.UNAUTHENTICATED: (Reason.UNAUTHENTICATED, Reason.TOKEN_INVALID),
-    grpc.StatusCode.PERMISSION_DENIED: (Reason.IDENTITY_MISMATCH,),
+    grpc.StatusCode.PERMISSION_DENIED: (Reason.IDENTITY_MISMATCH, Reason.DATA_NOT_ALLOWED),
     grpc.StatusCode.INVALID_ARGUMENT: (
         Reason.SIZE,
         Reason.MALFORMED,
         Reason.NON_FINITE,
         Reason.NORM,
+        Reason.DISAGREEMENT,
         Reason.WEIGHT,
         Reason.NAME_INVALID,
     ),

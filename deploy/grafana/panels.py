@@ -196,6 +196,19 @@ CODEC = Board(
             ),
         ),
         (
+            "Samples (mode data)",
+            (
+                line("Samples", "cps", "Samples that rounds took, a second: new ones travel whole, finer ones their "
+                     "next digits, held ones not at all. Nothing in other modes.",
+                     Query(f"rate(ditherps_samples_total{RATE})", "{{kind}}")),
+                line("Kept samples", "bytes", "What the server keeps of samples, so that they need not be sent again.",
+                     Query("ditherps_sample_cache_bytes", "bytes")),
+                line("Disagreement", "percentunit", "How far a worker's gradient is from the server's at the same "
+                     "quantized samples, the worst of the last probe. It enters the refined estimate as a bias.",
+                     Query("ditherps_probe_relative_error", "relative error")),
+            ),
+        ),
+        (
             "Time",
             (
                 line("Encoding an update", "s", "How long a worker takes to encode its update.",

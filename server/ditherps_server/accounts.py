@@ -22,6 +22,7 @@ from ditherps_server.records import RoundRecord, RunResult
 from ditherps_server.rounds import CloseRound, Plan
 from ditherps_server.staging import Announcement
 from ditherps_server.updater import UpdateReport
+from ditherps_server.updates import SampleReport
 
 log = logging.getLogger(__name__)
 rounds_log = logging.getLogger(ROUNDS)
@@ -157,8 +158,8 @@ class Accounts:
         if self._named:
             self._metrics.worker_latency_seconds.labels(self._names[announcement.index]).set(latency_seconds)
         self._metrics.contributions.inc()
-        self._metrics.payload_bytes.labels(UP, self._job.codec).inc(announcement.content_bytes)
-        self._metrics.values.labels(UP, self._job.codec).inc(self._coordinates)
+        self._metrics.payload_bytes.labels(UP, self._job.uplink).inc(announcement.content_bytes)
+        self._metrics.values.labels(UP, self._job.uplink).inc(self._coordinates)
 
     def spent(self) -> Spent:
         """Bytes up to now."""
@@ -237,6 +238,8 @@ class Accounts:
             step_encode_seconds=step.encode_seconds if step else 0.0,
             w_digest=model.digest.hex(),
             nested_tiles=report.decode.tiles, nested_failed_tiles=report.decode.failed_tiles,
+            samples_new=report.samples.new if report.samples else 0,
+            samples_held=report.samples.held if report.samples else 0,
         )  # fmt: skip
         totals.contributions += len(record.workers)
         totals.nested_tiles += record.nested_tiles
@@ -293,6 +296,18 @@ class Accounts:
                 gauge.set(value)
         self._warn(record)
 
+    def show_samples(self, report: SampleReport) -> None:
+        """Bring metrics up to a round in mode `data`."""
+        metrics = self._metrics
+        for kind, count in (("new", report.new), ("finer", report.finer), ("held", report.held)):
+            metrics.samples.labels(kind).inc(count)
+        metrics.cached_samples.set(report.cached)
+        metrics.sample_cache_bytes.set(report.cached_bytes)
+        metrics.gradient_seconds.observe(report.gradient_seconds)
+        if report.agreement is not None:
+            metrics.probe_cosine.set(report.agreement.cosine)
+            metrics.probe_relative_error.set(report.agreement.relative_error)
+
     def _warn(self, record: RoundRecord) -> None:
         """Say once what a person should change."""
         totals, limit = self.totals, self._job.nested_failure_limit
@@ -320,7 +335,8 @@ class Accounts:
         kbit = 8e-3 * traffic.uplink_bytes / totals.contributions if sent else None
         seconds = totals.finished - totals.began
         return RunResult(
-            task=job.task, model=job.model, codec=job.codec, codec_options=job.codec_options,
+            task=job.task, model=job.model, codec=job.uplink,
+            codec_options=job.data.model_dump(exclude_defaults=True) if job.mode == "data" else job.codec_options,
             downlink_codec=self._broadcast.codec_spec, mode=job.mode, workers=job.workers,
             rounds=model.version, seed=job.seed, reason=reason.value,
             seconds=seconds if math.isfinite(seconds) else 0.0,

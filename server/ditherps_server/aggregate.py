@@ -23,6 +23,7 @@ from ditherps.dither import TILE
 from ditherps.errors import Reason, RefusedError
 from ditherps.kernels import robust
 from ditherps.layout import Layout, pack_buffers, unpack_buffers
+from ditherps.pool import on_threads
 from ditherps_server.blocks import Blocks, Sender, SideRule
 from ditherps_server.rule import least_contributions, trimmed
 
@@ -194,8 +195,7 @@ def weighted_mean(
     def add(span: tuple[int, int]) -> DecodeReport:
         return _add_chunk(sources, nested, into[span[0] : span[1]], span, running_side)
 
-    reports = pool.map(add, spans) if pool is not None else map(add, spans)
-    return sum(reports, DecodeReport(0, 0, 0))
+    return sum(on_threads(pool, add, spans), DecodeReport(0, 0, 0))
 
 
 def _add_chunk(
@@ -222,7 +222,7 @@ def _add_chunk(
     return report
 
 
-def mean_buffers(layout: Layout, contributions: Sequence[memoryview], weights: Sequence[float]) -> bytes:
+def mean_buffers(layout: Layout, contributions: Sequence[bytes | memoryview], weights: Sequence[float]) -> bytes:
     """The workers' buffers as one: the weighted mean of floating-point ones, the maximum of integers and booleans."""
     unpacked = [unpack_buffers(layout, data) for data in contributions]
     total = sum(weights)
@@ -241,7 +241,7 @@ def mean_buffers(layout: Layout, contributions: Sequence[memoryview], weights: S
 
 def merged_buffers(
     layout: Layout,
-    contributions: Sequence[memoryview],
+    contributions: Sequence[bytes | memoryview],
     weights: Sequence[float],
     rule: AggregationConfig,
     chosen: Sequence[int],

@@ -26,10 +26,12 @@ from ditherps.config import JobConfig, LimitsConfig, ServerConfig
 from ditherps.downlink import downlink_codec
 from ditherps.errors import OptionError, Reason, RunFailedError, UserError
 from ditherps.files import claimed
+from ditherps.gradient import make_deterministic, pick_device
 from ditherps.kernels import robust
 from ditherps.lag import watch_lag
 from ditherps.metrics import ServerMetrics
 from ditherps.network import is_loopback
+from ditherps.samples.mode import check_mode, features_of, update_codec
 from ditherps.security.credentials import Files, ServerFiles
 from ditherps.security.tokens import TokenFile
 from ditherps.signals import on_first_signal
@@ -37,6 +39,7 @@ from ditherps.tasks import Task
 from ditherps_server.accounts import Accounts
 from ditherps_server.admission import Patience
 from ditherps_server.broadcast import Broadcast
+from ditherps_server.cache import FileRows, SampleCache
 from ditherps_server.coordinator import Coordinator
 from ditherps_server.evaluation import Evaluator
 from ditherps_server.gate import Gate
@@ -50,10 +53,13 @@ from ditherps_server.replay import Restored, begin_log, replay
 from ditherps_server.rounds import Rules
 from ditherps_server.rpcs import RpcMeter
 from ditherps_server.rule import check_rule
+from ditherps_server.sampled import SampledUpdates
+from ditherps_server.samplefiles import SampleFiles
 from ditherps_server.saving import REDO_FILE, Saver, resumed
 from ditherps_server.service import ParameterServerService
 from ditherps_server.tensorboard import Board
 from ditherps_server.updater import Updater
+from ditherps_server.updates import EncodedUpdates
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +105,7 @@ async def serve_in(
     if files is not None and config.insecure:
         raise UserError("--insecure and --certs exclude each other")
     model = ServerModel(task.build(job.model or None, job.seed))
-    codec = ditherps.codec(job.codec, **job.codec_options).for_layout(model.layout)
+    codec = update_codec(job).for_layout(model.layout)
     down = downlink_codec(job.downlink, codec)
     if config.init is not None:
         model.load(config.init)
@@ -107,7 +113,8 @@ async def serve_in(
     torch.set_num_threads(threads)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     broadcast = Broadcast(job.downlink, job.seed, model, down and down.for_layout(model.layout), pool)
-    updater = Updater(model, job, codec, broadcast, pool)
+    sampled = _sampled(job, config, task, model, codec) if job.mode == "data" else None
+    updater = Updater(model, job, sampled or EncodedUpdates(job, codec, model.layout), broadcast, pool)
     rules = rules_of(job, codec, server_evaluates=False, waits_for_workers=config.on_empty == "wait")
     _check_staging(job, codec, rules, updater)
     check_rule(job, codec, rules)
@@ -126,10 +133,13 @@ async def serve_in(
     metrics, meter = ServerMetrics(ditherps.__version__), wire.WireMeter()
     metrics_port = metrics.serve(config.metrics_host, config.metrics_port) if config.metrics_port >= 0 else None
     accounts = Accounts(job, model.layout.coordinates, broadcast, metrics, meter, origin.totals, time.monotonic())
-    saver = Saver(config, job, origin, model, updater.optimizer)
+    kept = SampleFiles(config, job, sampled.cache) if sampled else None
+    saver = Saver(config, job, origin, model, updater.optimizer, kept)
     redo_path = config.run_dir / REDO_FILE
     must_be_whole = origin.logged and config.durability == "round"
     restored = Restored()
+    if kept is not None and not kept.load(model.version, resumed=origin.resumed):
+        must_be_whole = False  # what it goes on from is not there, and is sent again
     if origin.resumed:
         restored = replay(
             redo_path, origin, model, updater, accounts, time.monotonic(), must_be_whole=must_be_whole
@@ -141,7 +151,7 @@ async def serve_in(
     coordinator = Coordinator(
         job, replace(rules, server_evaluates=evaluator is not None), model, broadcast, updater, evaluator,
         Members(job.member_table, origin.job_id, origin.epoch, restored.leases), recorder, saver, redo, accounts,
-        metrics, restored,
+        metrics, restored, sampled,
     )  # fmt: skip
     gate = Gate(mutual=files is not None and tokens is None, tokens=tokens)
     unary_seconds = min(UNARY_SECONDS, job.idle_timeout_seconds)
@@ -169,13 +179,13 @@ async def serve_in(
     metrics.describe(job, broadcast.codec_spec, model.layout.coordinates)
     if files is not None:
         metrics.watch_certificates(files.files.expiry)
-    recorder.start(job, model.version, restored.records, nothing_lost=must_be_whole)
+    recorder.start(job, model.version, restored.records, nothing_lost=must_be_whole and not restored.incomplete)
     if not origin.resumed:  # a checkpoint is never there without its log
         saver.set_aside()
-        begin_log(redo, redo_path, restored)
+        begin_log(redo, redo_path, restored, {})
     saver.begin(restored.leases, restored.entered, accounts.saved(time.monotonic()))
     if origin.resumed:
-        begin_log(redo, redo_path, restored)
+        begin_log(redo, redo_path, restored, sampled.stated if sampled else {})
     if on_started is not None:
         on_started()
     await server.start()
@@ -219,11 +229,28 @@ async def serve_in(
 _EXPLAINED = {
     Reason.JOIN_TIMEOUT: "too few workers were here for join_timeout_seconds",
     Reason.QUORUM: "rounds were abandoned for want of a quorum at their deadline",
+    Reason.DISAGREEMENT: "workers compute other gradients than the server at the same samples (data.probe_limit)",
     Reason.NORM: "too few contributions kept to the norm limit for a quorum",
     Reason.INTERRUPTED: "interrupted",
     Reason.DISK_FULL: "the redo log could not be written for a round's deadline: make room, and go on with --resume",
     Reason.NO_SIDE_INFORMATION: "no source delivered, so nested contributions could not be decoded",
 }
+
+
+def _sampled(job: JobConfig, config: ServerConfig, task: Task, model: ServerModel, codec: Codec) -> SampledUpdates:
+    """What mode `data` adds to a server; raises `UserError` where samples would travel in plaintext."""
+    if config.certs is None and not is_loopback(config.host):
+        raise UserError(
+            "mode data takes samples over TLS only: make certificates with `ditherps certs init` and say --certs"
+        )
+    check_mode(job.data, task)
+    make_deterministic(job.compute_threads)
+    device = pick_device(config.device)
+    rows = None
+    if config.cache_dir is not None:
+        rows = FileRows.at(config.cache_dir, SampleCache.row_bytes(features_of(task)))
+    cache = SampleCache(features_of(task), job.data.cache_bytes, rows)
+    return SampledUpdates(job, task, model, codec, cache, device)
 
 
 def rules_of(job: JobConfig, codec: Codec, *, server_evaluates: bool, waits_for_workers: bool = False) -> Rules:

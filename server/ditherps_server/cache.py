@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
@@ -22,14 +23,17 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from ditherps.errors import OptionError, PayloadError
+from ditherps.errors import OptionError, PayloadError, UserError
+from ditherps.files import replacing
 from ditherps.samples.codec import NOTHING, Batch, SampleCodec
+from ditherps.samples.importance import Selection
 from ditherps.samples.need import Need, distinct
 from ditherps.sampling import Ids
 from ditherps.tasks import Features
 
+ROWS_FILE: Final = "samples.rows"
 ENTRY_BYTES: Final = 256
 """What an entry counts for besides its indices: about what its place in the cache takes."""
 
@@ -88,6 +92,15 @@ class FileRows:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self._unused: list[int] = []
         self._end = 0
+
+    @classmethod
+    def at(cls, folder: Path, row_bytes: int) -> FileRows:
+        """In a file of this folder; raises `UserError` where it cannot be made."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return cls(folder / ROWS_FILE, row_bytes)
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror}: choose another --cache-dir") from None
 
     def put(self, row: bytes) -> int:
         """Keep a row; its place. Raises OSError where the disk is full."""
@@ -165,6 +178,21 @@ class Change:
         values = codec.values(self.ids, self.batch.indices, self.need.level)
         where = torch.from_numpy(self.where)
         return values[where], torch.from_numpy(self.batch.labels)[where]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a contribution's samples are: those that it brings, and those that the cache held.
+
+    Attributes:
+        change: the samples.
+        epochs: (b,) in which they are taken.
+        selection: which of the batch these are; None: all.
+    """
+
+    change: Change
+    epochs: Ids
+    selection: Selection | None
 
 
 class SampleCache:
@@ -251,7 +279,7 @@ class SampleCache:
         self._rows.clear()
 
     def save(self, path: Path) -> None:
-        """Write all entries, in the order of their use; the file appears whole or not at all."""
+        """Write all entries, in the order of their use; raises `OSError` as `ditherps.files.replacing`."""
         keys = np.array(list(self._entries), np.int64).reshape(-1, 2)
         facts = np.array([entry[:2] for entry in self._entries.values()], np.int64).reshape(-1, 2)
         rows = np.empty((len(keys), self.row_bytes(self._features)), np.uint8)
@@ -260,10 +288,8 @@ class SampleCache:
         versions = json.dumps({str(worker): version.hex() for worker, version in sorted(self._versions.items())})
         metadata = {"versions": versions, "digest": _digest(versions, keys, facts, rows)}
         tensors = {"keys": keys, "facts": facts, "rows": rows}
-        unfinished = path.with_name(path.name + ".part")
-        unfinished.touch(mode=0o600)
-        save_file({name: torch.from_numpy(array) for name, array in tensors.items()}, unfinished, metadata=metadata)
-        unfinished.replace(path)
+        with replacing(path) as file:
+            file.write(save({name: torch.from_numpy(array) for name, array in tensors.items()}, metadata))
 
     def load(self, path: Path) -> None:
         """Become what was saved, or as much of it as fits into the budget.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import logging
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +15,7 @@ from ditherps import options
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
     app.command()(server)
+    app.command()(wipe)
 
 
 def server(
@@ -46,6 +49,9 @@ def server(
     reflection: options.Reflection = None,
     health_socket: options.HealthSocket = None,
     tensorboard: options.TensorBoard = None,
+    device: options.ServerDevice = None,
+    cache_dir: options.CacheDir = None,
+    keep_cache: options.KeepCache = None,
     json_: options.Json = False,
     log_format: options.LogFormat = None,
     verbose: options.Verbose = False,
@@ -67,6 +73,7 @@ def server(
         "durability": durability, "on_empty": on_empty, "grace_seconds": grace_seconds,
         "certs": certs, "token_file": token_file, "insecure": insecure, "reflection": reflection,
         "health_socket": health_socket, "log_format": log_format, "tensorboard": tensorboard,
+        "device": device, "cache_dir": cache_dir, "keep_cache": keep_cache,
     }  # fmt: skip
     defaults = {"run_dir": options.default_run_dir(job.config.task, job.config.codec)}
     flags = {key: value for key, value in given.items() if value is not None}
@@ -75,6 +82,23 @@ def server(
 
     from ditherps_server.run import run_server
 
+    if job.choice:
+        logging.getLogger(__name__).info("%s", job.choice)
     result = run_server(job.config, settings, job.task)
     if json_:
         print(json.dumps(result), flush=True)
+
+
+def wipe(
+    run_dir: Annotated[Path, typer.Argument(help="Run folder of a server that does not run.")],
+    cache_dir: options.CacheDir = None,
+) -> None:
+    """Remove the workers' samples that a server has kept (mode data); the run can still be resumed."""
+    from ditherps.errors import UserError
+    from ditherps.files import claimed
+    from ditherps_server.samplefiles import wipe as wipe_samples
+
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is not a folder")
+    with claimed(run_dir):
+        print(f"{wipe_samples(run_dir, cache_dir)} files removed")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -32,10 +33,11 @@ from ditherps_server.evaluation import Evaluation, Evaluator
 from ditherps_server.members import Members, Session
 from ditherps_server.model import ServerModel
 from ditherps_server.records import Recorder
-from ditherps_server.redo import Abandoned, Closed, Contributed, Leased, NoLog, Opened, RedoLog, leases
+from ditherps_server.redo import Abandoned, Closed, Contributed, Leased, NoLog, Opened, RedoLog, Sharded, members
 from ditherps_server.repeated import Repeated
 from ditherps_server.replay import Restored
 from ditherps_server.rounds import Phase, Plan, Rules
+from ditherps_server.sampled import SampledUpdates
 from ditherps_server.saving import Saver
 from ditherps_server.staging import Announcement, Contribution, Staging
 from ditherps_server.updater import Updater
@@ -76,14 +78,17 @@ class Coordinator:
         accounts: Accounts,
         metrics: ServerMetrics,
         restored: Restored,
+        sampled: SampledUpdates | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`sampled`: who has which samples, in mode `data`."""
         self.job, self.model, self.members, self.accounts = job, model, members, accounts
         self.broadcast, self.saver = broadcast, saver
         self.last_evaluation: Evaluation | None = None
         self.model_sha256 = self.failure = ""
         self._rules, self._updater, self._evaluator = rules, updater, evaluator
         self._recorder, self._metrics, self._clock, self._redo = recorder, metrics, clock, redo
+        self._sampled = sampled
         self._state = restored.state(rules, members.names, clock())
         self._staging = Staging(job.staging_bytes)
         for contribution in restored.staged:
@@ -122,8 +127,23 @@ class Coordinator:
             await self._durable(self._redo.append(Leased(index=session.index, key=lease_key), kept=False))
         finally:
             self._joining -= Counter([session.index])
-        self._handle(rounds.Joined(session.index, known))
+        if self._sampled is None:  # else it is here once it has said which samples it has
+            self._handle(rounds.Joined(session.index, known))
         return session
+
+    async def has_samples(self, fence: types_pb2.Fence, stated: bytes) -> None:
+        """In mode `data`: a worker says which samples it has, and is ready; raises `PayloadError`, `RefusedError`."""
+        if self._sampled is None:
+            raise RefusedError(Reason.TASK_MISMATCH, f"a job in mode {self.job.mode} takes no samples")
+        while self._closings:  # what enters the cache must not change on its way
+            await asyncio.wait(self._closings)
+        index = self.members.check(fence).index
+        if self._finished.done():
+            return  # the last checkpoint may be on its way
+        if self._sampled.state(index, stated):
+            self._staging.unsettle(index)  # replay finds it behind what this worker has said
+            self._redo.append(Sharded(index=index, stated=stated))
+        self._handle(rounds.Joined(index, self.members.names[index]))
 
     async def _durable(self, written: asyncio.Future[None]) -> None:
         """Returns when a record is on disk; raises `RefusedError` (`disk_full`) where there is no room."""
@@ -185,27 +205,20 @@ class Coordinator:
             raise RefusedError(Reason.WRONG_ROUND, f"round {plan.round} is computed at version {plan.base_version}")
         if header.context.version or header.context.digest:
             raise RefusedError(Reason.CONTEXT_MISMATCH, "this job has no codec context")
-        self._check_sizes(role, header)
         announcement = Announcement(
             round=plan.round, attempt=plan.attempt, index=index, role=role, update_bytes=header.update_bytes,
-            buffer_bytes=header.buffer_bytes, digest=header.digest, samples=header.samples, loss=header.loss,
-            nmse=header.nmse, compute_seconds=header.compute_seconds, encode_seconds=header.encode_seconds,
+            buffer_bytes=header.buffer_bytes, digest=header.digest, samples=header.samples,
+            sample_bytes=header.sample_bytes, loss=header.loss if header.HasField("loss") else math.nan,
+            nmse=header.nmse if header.HasField("nmse") else math.nan,
+            compute_seconds=header.compute_seconds, encode_seconds=header.encode_seconds,
         )  # fmt: skip
-        return self._staging.admit(announcement)
-
-    def _check_sizes(self, role: Role, header: pb.PushHeader) -> None:
-        largest = self._updater.largest_update_bytes(role)
-        if not 0 < header.update_bytes <= largest:
-            raise PayloadError(f"an update of {header.update_bytes} bytes; at most {largest} are possible", Reason.SIZE)
-        if header.buffer_bytes != self.model.layout.buffer_bytes:
-            raise PayloadError(
-                f"buffers of {header.buffer_bytes} bytes, not {self.model.layout.buffer_bytes}", Reason.SIZE
-            )
+        self._updater.check_sizes(announcement)
         declared = self.members.check(header.fence).samples
         if header.samples != declared:
             raise PayloadError(f"{header.samples} samples; this worker declared {declared} at Join", Reason.WEIGHT)
         if len(header.digest) != 16:
             raise PayloadError(f"a digest of {len(header.digest)} bytes, not 16")
+        return self._staging.admit(announcement)
 
     async def deliver(self, contribution: Contribution) -> bool:
         """A contribution has arrived: check it, write it down, and count it in; False if it had been counted before.
@@ -213,8 +226,9 @@ class Coordinator:
         Raises `PayloadError` when the content is not what its header says, or cannot be decoded, `RefusedError` when
         the round has ended, another content has taken its place meanwhile, or there is no room for it on the disk.
         """
+        self._check_open(contribution)  # from here on nothing of what its check looks at may be changing
         try:
-            await asyncio.to_thread(self._check_content, contribution)
+            await self._checked(contribution)
         except DitherpsError:
             self._staging.check(contribution)
             self._staging.drop(contribution)
@@ -253,6 +267,14 @@ class Coordinator:
         self._staging.check(contribution)
         if self._state.phase is not Phase.OPEN:
             raise RefusedError(Reason.LATE, f"round {contribution.announcement.round} has ended")
+
+    async def _checked(self, contribution: Contribution) -> None:
+        # Once: two streams may have brought the end of the same content.
+        if contribution.checked is None:
+            self._updater.look_up(contribution)
+            contribution.checked = asyncio.ensure_future(asyncio.to_thread(self._check_content, contribution))
+            contribution.checked.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(contribution.checked)
 
     def _check_content(self, contribution: Contribution) -> None:
         contribution.receiver.check()
@@ -295,7 +317,7 @@ class Coordinator:
         now, traffic, state = self._clock(), self.accounts.traffic, self._state
         waiting = rounds.waiting(self._rules, state, now)
         return pb.StatusResponse(
-            task=self.job.task, codec=self.job.codec, downlink_codec=self.broadcast.codec_name,
+            task=self.job.task, codec=self.job.uplink, downlink_codec=self.broadcast.codec_name,
             phase=_PHASES[state.phase], round=state.round, rounds=self.job.rounds, version=self.model.version,
             waiting_for=waiting.sentence, waiting_seconds=now - waiting.since,
             members=[
@@ -366,7 +388,7 @@ class Coordinator:
         if not await asyncio.to_thread(self.save):
             return
         try:
-            await self._redo.cut(leases(self.members.leases))
+            await self._redo.cut(members(self.members.leases, self._sampled.stated if self._sampled else {}))
         except OSError as error:
             log.error("redo log not cut: %s", error)
 
@@ -477,8 +499,8 @@ class Coordinator:
             return
         contributions = self._staging.members(action.members)
         try:
-            beyond = await asyncio.to_thread(self._updater.beyond_limit, contributions)
-            action = self._without(action, beyond)
+            unfit = await asyncio.to_thread(self._updater.unfit, contributions)
+            action = self._without(action, unfit)
             contributions = self._staging.members(action.members)
             evaluation, spent = self._evaluation, self.accounts.spent()
             await self._write_closed(action, evaluation)
@@ -496,9 +518,11 @@ class Coordinator:
             return
         finally:
             self._moving = False
-        announcements = [contribution.announcement for contribution in contributions]
+        announcements = report.announcements
         record = self.accounts.applied(action, announcements, report, evaluation, self.model, spent, self._clock())
         self.accounts.show(record, announcements)
+        if report.samples is not None:
+            self.accounts.show_samples(report.samples)
         self._recorder.add(record)
         entered = Entered(plan.round, plan.attempt, record.version, len(action.members))
         self._entered.update(dict.fromkeys(action.members, entered))
@@ -529,14 +553,15 @@ class Coordinator:
                 raise _NoRoomError
         await written
 
-    def _without(self, action: rounds.CloseRound, beyond: Mapping[int, str]) -> rounds.CloseRound:
+    def _without(self, action: rounds.CloseRound, unfit: Mapping[int, PayloadError]) -> rounds.CloseRound:
         """The same without contributions that are refused at the close; raises `RefusedError` if the quorum is lost."""
-        for index, message in beyond.items():
-            self.refused_update(Reason.NORM, index, message)
-        left = rounds.excluding(action, beyond, Reason.NORM)
-        if beyond and not rounds.has_quorum(self._rules, left.plan, frozenset(left.members)):
-            raise RefusedError(Reason.NORM, "without the contributions beyond the norm limit there is no quorum")
-        return left
+        for index, error in unfit.items():
+            self.refused_update(error.reason, index, str(error))
+            action = rounds.excluding(action, [index], error.reason)
+        if unfit and not rounds.has_quorum(self._rules, action.plan, frozenset(action.members)):
+            reason = next(iter(unfit.values())).reason
+            raise RefusedError(reason, "without the contributions that are refused there is no quorum")
+        return action
 
     def _end_round(self, plan: Plan, *, members: tuple[int, ...] = (), reason: Reason | None = None) -> None:
         self._staging.clear()
@@ -578,6 +603,7 @@ class Coordinator:
                     role=_ROLES[role] if role else types_pb2.ROLE_UNSPECIFIED,
                     evaluate=plan.evaluator == index and not state.evaluated,
                     deadline_seconds=max(0.0, plan.deadline_at - self._clock()),
+                    need=self._sampled.need(index, plan.round) if self._sampled and role else b"",
                 )
             )  # fmt: skip
         if self.model_sha256 and state.phase is Phase.FINISHED:

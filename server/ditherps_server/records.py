@@ -72,6 +72,10 @@ class RoundRecord:
     """XXH3-128 (hex) of w, then the buffers, after this round."""
     nested_tiles: int
     nested_failed_tiles: int
+    samples_new: int
+    """Mode `data`: samples of which the server held nothing."""
+    samples_held: int
+    """Of which it held all that it asked for."""
 
 
 @dataclass(slots=True)
@@ -138,8 +142,15 @@ class Recorder:
         """Write the resolved job file; keep the records of the rounds up to `version`, with which the run goes on.
 
         `again`: records of rounds that were applied again; what is there of them stays as it is. Raises `UserError`
-        for damaged records, and with `nothing_lost` where later rounds have been recorded.
+        for damaged records, with `nothing_lost` where later rounds have been recorded, and where the folder cannot be
+        written.
         """
+        try:
+            self._start(job, version, again, nothing_lost=nothing_lost)
+        except OSError as error:
+            raise UserError(f"{self.run_dir} cannot be written: {error.strerror}: choose another --run-dir") from None
+
+    def _start(self, job: JobConfig, version: int, again: Sequence[RoundRecord], *, nothing_lost: bool) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         for leftover in (RESULT_FILE, "model.safetensors"):
             (self.run_dir / leftover).unlink(missing_ok=True)

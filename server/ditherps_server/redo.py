@@ -65,6 +65,14 @@ class Leased(_Record):
     key: bytes
 
 
+class Sharded(_Record):
+    """In mode `data`, a worker said which samples it has (`ditherps.samples.shard.stated`)."""
+
+    kind: Literal["sharded"] = "sharded"
+    index: int = Field(ge=0)
+    stated: bytes
+
+
 class Opened(_Record):
     """A plan that workers were told."""
 
@@ -107,7 +115,7 @@ class Abandoned(_Record):
     accounts: dict[str, Any]
 
 
-Record = Began | Leased | Opened | Contributed | Closed | Abandoned
+Record = Began | Leased | Sharded | Opened | Contributed | Closed | Abandoned
 _RECORDS: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
 
@@ -336,6 +344,9 @@ def _digest(head: bytes | memoryview, content: Sequence[bytes | memoryview]) -> 
     return digest_of(struct.pack("<IQ", len(head), size), head, *content)
 
 
-def leases(of: Mapping[int, bytes]) -> list[Record]:
-    """Records of all leases."""
-    return [Leased(index=index, key=key) for index, key in of.items()]
+def members(leases: Mapping[int, bytes], stated: Mapping[int, bytes]) -> list[Record]:
+    """Records of all leases, and of what workers have said of their samples."""
+    return [
+        *(Leased(index=index, key=key) for index, key in leases.items()),
+        *(Sharded(index=index, stated=shard) for index, shard in stated.items()),
+    ]

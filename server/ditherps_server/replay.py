@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ditherps.errors import EncodingError, RefusedError, UserError
+from ditherps.errors import EncodingError, PayloadError, RefusedError, UserError
 from ditherps_server import redo, rounds
 from ditherps_server.accounts import Accounts
 from ditherps_server.checkpoint import Entered
 from ditherps_server.model import ServerModel
 from ditherps_server.records import RoundRecord
-from ditherps_server.redo import Abandoned, Closed, Contributed, Leased, Logged, NoLog, Opened, RedoLog
+from ditherps_server.redo import Abandoned, Closed, Contributed, Leased, Logged, NoLog, Opened, RedoLog, Sharded
 from ditherps_server.saving import Origin
-from ditherps_server.staging import Announcement, Contribution
+from ditherps_server.staging import Contribution
 from ditherps_server.updater import Updater
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ class Restored:
     """Contributions to the open plan."""
     records: list[RoundRecord] = field(default_factory=list)
     """Of the rounds that were applied again."""
+    incomplete: bool = False
+    """Rounds that were closed are to be computed anew."""
     log_bytes: int = 0
 
     def forget_plan(self) -> None:
@@ -92,18 +94,27 @@ def replay(
     also when it is missing or cannot be read, which is else where the job goes on from.
     """
     restored = Restored(model.version, dict(origin.leases), dict(origin.entered))
-    staged: dict[int, tuple[Announcement, memoryview]] = {}
+    staged: dict[int, Contribution] = {}
     for logged in _read(path, origin.job_id, must_be_whole):
         restored.log_bytes = logged.end
         match logged.record:
             case Leased(index=index, key=key):
                 restored.leases[index] = key
+            case Sharded(index=index, stated=stated):
+                updater.has_samples(index, stated)
             case Opened() as opened:
                 restored.opened, restored.abandoned = opened, False
                 staged.clear()
                 accounts.restore(opened.accounts, now)
             case Contributed(announcement=announcement) as contributed:
-                staged[announcement.index] = announcement, logged.content
+                contribution = Contribution.restored(announcement, logged.content)
+                try:
+                    if announcement.round >= model.version:  # else the checkpoint holds it
+                        updater.recover(contribution)
+                except PayloadError as error:
+                    _give_up(restored, error, log_path=path)
+                    break
+                staged[announcement.index] = contribution
                 accounts.restore(contributed.accounts, now)
             case Abandoned() as abandoned:
                 restored.abandoned = True
@@ -115,12 +126,19 @@ def replay(
     if restored.opened is not None and restored.opened.base_version < model.version:
         restored.forget_plan()  # of before the checkpoint
     if restored.is_open:
-        restored.staged = [Contribution.restored(*held) for held in staged.values()]
+        restored.staged = list(staged.values())
     restored.version = model.version
     if restored.log_bytes:
         found = (len(restored.records), model.version, len(restored.staged))
         log.info("replayed rounds=%d version=%d staged=%d", *found)
     return restored
+
+
+def _give_up(restored: Restored, error: PayloadError, log_path: Path) -> None:
+    """Mode `data`: what was held of samples is not there any more, so the rounds since are computed anew."""
+    log.warning("%s goes on from samples that are not there (%s): later rounds are computed anew", log_path, error)
+    restored.forget_plan()
+    restored.incomplete = True
 
 
 def _read(path: Path, job_id: str, must_be_whole: bool) -> Iterator[Logged]:
@@ -138,7 +156,7 @@ def _close(
     path: Path,
     restored: Restored,
     closed: Closed,
-    staged: dict[int, tuple[Announcement, memoryview]],
+    staged: dict[int, Contribution],
     model: ServerModel,
     updater: Updater,
     accounts: Accounts,
@@ -149,7 +167,7 @@ def _close(
         raise UserError(f"{path} does not go on from the checkpoint: put both back, or begin anew without --resume")
     if was.base_version < model.version:
         return  # the checkpoint holds it
-    contributions = [Contribution.restored(*staged[index]) for index in closed.members]
+    contributions = [staged[index] for index in closed.members]
     try:
         report = updater.apply(contributions)
     except RefusedError:
@@ -163,15 +181,14 @@ def _close(
     )
     accounts.restore(closed.accounts, now)
     action = rounds.CloseRound(plan, closed.members, closed.absent)
-    announcements = [contribution.announcement for contribution in contributions]
-    record = accounts.applied(action, announcements, report, closed.evaluation, model, accounts.spent(), now)
+    record = accounts.applied(action, report.announcements, report, closed.evaluation, model, accounts.spent(), now)
     restored.records.append(record)
     entered = Entered(was.round, was.attempt, model.version, len(closed.members))
     restored.entered.update(dict.fromkeys(closed.members, entered))
     restored.opened = None
 
 
-def begin_log(log_: RedoLog | NoLog, path: Path, restored: Restored) -> None:
+def begin_log(log_: RedoLog | NoLog, path: Path, restored: Restored, stated: Mapping[int, bytes]) -> None:
     """Make the log ready for a server that goes on from here, whose checkpoint has been written.
 
     Raises `UserError` where it cannot be written.
@@ -182,6 +199,6 @@ def begin_log(log_: RedoLog | NoLog, path: Path, restored: Restored) -> None:
         elif restored.opened is not None:
             log_.go_on(restored.log_bytes)
         else:
-            log_.begin(redo.leases(restored.leases))
+            log_.begin(redo.members(restored.leases, stated))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None

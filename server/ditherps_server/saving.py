@@ -15,6 +15,7 @@ from ditherps_server import checkpoint
 from ditherps_server.checkpoint import Checkpoint, Entered
 from ditherps_server.model import ServerModel
 from ditherps_server.optimizer import ServerOptimizer
+from ditherps_server.samplefiles import SampleFiles
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +79,13 @@ class Saver:
     """Writes the checkpoint of a running job."""
 
     def __init__(
-        self, config: ServerConfig, job: JobConfig, origin: Origin, model: ServerModel, optimizer: ServerOptimizer
-    ) -> None:
+        self, config: ServerConfig, job: JobConfig, origin: Origin, model: ServerModel, optimizer: ServerOptimizer,
+        samples: SampleFiles | None = None,
+    ) -> None:  # fmt: skip
         self._path = config.run_dir / CHECKPOINT_FILE
         self._every = config.checkpoint_every or max(LEAST_ROUNDS_BETWEEN, job.rounds // CHECKPOINTS_IN_A_RUN)
         self._redo_bytes, self._logged = config.redo_bytes, config.durability == "round"
+        self._samples = samples
         self._job, self._origin, self._model, self._optimizer = job, origin, model, optimizer
         self.initial_digest = origin.initial_digest or model.digest
 
@@ -121,7 +124,11 @@ class Saver:
             optimizer_values=values, leases=leases, entered=entered, totals=totals,
             logged=self._logged,
         )  # fmt: skip
+        if self._samples is not None:
+            self._samples.save(model.version)  # before: whoever finds the checkpoint finds them too
         size = checkpoint.write(self._path, state)
+        if self._samples is not None:
+            self._samples.forget(but=model.version)
         seconds = time.perf_counter() - began
         log.info("checkpoint version=%d bytes=%d seconds=%.3f", model.version, size, seconds)
         return seconds
@@ -130,3 +137,5 @@ class Saver:
         """The job is over: there is nothing to go on with."""
         self._path.unlink(missing_ok=True)
         self._path.with_name(REDO_FILE).unlink(missing_ok=True)
+        if self._samples is not None:
+            self._samples.end()

@@ -14,6 +14,7 @@ import grpc
 from ditherps import __version__, wire
 from ditherps.config import JobConfig, LimitsConfig
 from ditherps.errors import PayloadError, Reason, RefusedError
+from ditherps.samples.mode import update_codec
 from ditherps.text import one_line
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
@@ -53,11 +54,12 @@ class ParameterServerService:
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:  # noqa: N802
         """Check the rules of compatibility, then let the worker in."""
         coordinator, job = self._coordinator, self._coordinator.job
-        codecs = {job.codec, coordinator.broadcast.codec_name}
+        codecs = {update_codec(job).name, coordinator.broadcast.codec_name}
         identity = self._gate.identity(context)
         self._admission.join(request.worker if identity is None else identity)
         name = self._gate.name(identity, request.worker)
-        check_join(request, job.task, job.mode, codecs, 4 * coordinator.model.layout.coordinates)
+        level = job.data.level if job.mode == "data" else 0
+        check_join(request, job.task, job.mode, level, codecs, 4 * coordinator.model.layout.coordinates)
         session = await coordinator.join(name, request.lease_key, declared_samples(request.samples, job))
         layout = coordinator.model.layout
         return pb.JoinResponse(
@@ -149,6 +151,8 @@ class ParameterServerService:
     async def Report(self, request: pb.ReportRequest, context: Context) -> pb.ReportResponse:  # noqa: N802
         """Take an evaluation."""
         index = self._seen(request.fence, context)
+        if request.shard:
+            await self._coordinator.has_samples(request.fence, request.shard)
         if request.HasField("evaluation"):
             e = request.evaluation
             self._coordinator.evaluated(index, Evaluation(e.version, e.loss, e.accuracy, e.samples, e.seconds))
@@ -187,7 +191,7 @@ def declared_samples(asked: int, job: JobConfig) -> int:
     return asked or job.batch_samples
 
 
-def check_join(request: pb.JoinRequest, task: str, mode: str, codecs: set[str], model_bytes: int) -> None:
+def check_join(request: pb.JoinRequest, task: str, mode: str, level: int, codecs: set[str], model_bytes: int) -> None:
     """The rules of compatibility between a worker and a job; raises `RefusedError` with the first that fails."""
     limits = request.limits
     rules: list[tuple[bool, Reason, str]] = [
@@ -201,6 +205,17 @@ def check_join(request: pb.JoinRequest, task: str, mode: str, codecs: set[str], 
             request.task in ("", task),
             Reason.TASK_MISMATCH,
             f"the job's task is {task!r}, the worker's {request.task[:80]!r}",
+        ),
+        (
+            mode != "data" or "data" in limits.modes,
+            Reason.DATA_NOT_ALLOWED,
+            "the job's mode is data: this server would see the worker's samples and labels, quantized; say "
+            "--allow-data there to let it",
+        ),
+        (
+            level <= limits.data_bits,
+            Reason.DATA_NOT_ALLOWED,
+            f"samples at level {level} are asked for; the worker allows {limits.data_bits}",
         ),
         (mode in limits.modes, Reason.LIMITS, f"the worker does not take mode {mode!r}"),
         *(

@@ -11,6 +11,7 @@ import numpy as np
 from ditherps.codecs.base import Role
 from ditherps.errors import PayloadError, Reason, RefusedError
 from ditherps.wire import Receiver
+from ditherps_server.cache import Taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class Announcement:
     buffer_bytes: int
     digest: bytes
     samples: int
+    sample_bytes: int = 0
+    """Of the update: its selection and samples, in mode `data`."""
     loss: float = math.nan
     nmse: float = math.nan
     compute_seconds: float = 0.0
@@ -46,6 +49,10 @@ class Contribution:
     whole: bool = False
     written: asyncio.Future[None] | None = None
     """Its way to the disk, once it is checked: one for all streams that may deliver it."""
+    checked: asyncio.Future[None] | None = None
+    """Its check, once it is whole: one for all streams that may deliver it."""
+    taken: Taken | None = None
+    """In mode `data`: its samples, with what was held of them when it arrived."""
     stream: object | None = field(default_factory=object)
     """The stream that may write: a newer one takes over, and none may once the round is over."""
 
@@ -81,6 +88,7 @@ class Contribution:
         """Only `stream` may write from now on; lets go of the memory, even while an older stream still waits."""
         self.stream = stream
         self.content = memoryview(b"")
+        self.taken = None
         self.receiver = Receiver(self.content, b"")
 
 
@@ -143,13 +151,20 @@ class Staging:
         content = self._memory(len(contribution.content))
         content[:] = contribution.content
         announcement = contribution.announcement
-        self._held[announcement.index] = Contribution.restored(announcement, content)
+        copy = self._held[announcement.index] = Contribution.restored(announcement, content)
+        copy.taken = contribution.taken
 
     def drop(self, contribution: Contribution) -> None:
         """Forget a contribution that turned out unusable, or that another content replaces."""
         if self._held.get(contribution.announcement.index) is contribution:
             del self._held[contribution.announcement.index]
             contribution.end(object())
+
+    def unsettle(self, index: int) -> None:
+        """What a worker's contribution rests on changes: forget it, unless it is being written down or has been."""
+        held = self._held.get(index)
+        if held is not None and not held.whole and held.written is None:
+            self.drop(held)
 
     def check(self, contribution: Contribution) -> None:
         """Raises `RefusedError` when a contribution was forgotten: `late`, or `superseded` by another content."""

@@ -12,17 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ditherps.codecs import Codec, DecodeReport, Encoded, Role
+from ditherps.codecs import DecodeReport, Role
 from ditherps.config import AggregationConfig, JobConfig
-from ditherps.dither import Address, Domain
 from ditherps.errors import PayloadError, Reason, RefusedError
 from ditherps.kernels.cpu import INFINITY_BITS, largest_bits
 from ditherps.layout import unpack_buffers
-from ditherps_server.aggregate import Sender, aggregate, can_decode, merged_buffers, norms
+from ditherps_server.aggregate import Sender, can_decode, merged_buffers, norms
 from ditherps_server.broadcast import Broadcast, StepReport
 from ditherps_server.model import ServerModel
 from ditherps_server.optimizer import ServerOptimizer
 from ditherps_server.staging import Announcement, Contribution
+from ditherps_server.updates import SampleReport, Updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,31 +34,57 @@ class UpdateReport:
     learning_rate: float
     step: StepReport | None
     """Of w; None where it is x."""
+    announcements: Sequence[Announcement]
+    """Of the contributions, with what the server found out itself."""
+    samples: SampleReport | None
+    """In mode `data`."""
 
 
 class Updater:
     """Decodes contributions, sums them, and steps the optimizer. Called from one thread at a time."""
 
     def __init__(
-        self, model: ServerModel, job: JobConfig, codec: Codec, broadcast: Broadcast, pool: ThreadPoolExecutor
+        self, model: ServerModel, job: JobConfig, updates: Updates, broadcast: Broadcast, pool: ThreadPoolExecutor
     ) -> None:
         self._model = model
         self._broadcast = broadcast
         self._job = job
-        self._codecs = {role: codec.for_role(role) for role in codec.roles}
-        self._running_side = getattr(codec.options, "side", "sources") == "running"
+        self._updates = updates
         self._pool = pool
         self.optimizer = ServerOptimizer(model.x, job.optimizer, job.schedule, job.rounds)
         self._update = torch.empty_like(model.x)
 
     def largest_update_bytes(self, role: Role) -> int:
         """Most bytes that an encoded update of this role can take."""
-        return self._codecs[role].max_nbytes(self._model.layout.coordinates)
+        return self._updates.largest_bytes(role)
 
     @property
     def buffer_bytes(self) -> int:
         """Bytes of the buffers of each contribution."""
-        return self._model.layout.buffer_bytes
+        return self._updates.buffer_bytes
+
+    def check_sizes(self, announcement: Announcement) -> None:
+        """Raises `PayloadError` unless a contribution can have the sizes that are announced."""
+        largest = self.largest_update_bytes(announcement.role)
+        if announcement.update_bytes > largest:
+            raise PayloadError(
+                f"an update of {announcement.update_bytes} bytes; at most {largest} are possible", Reason.SIZE
+            )
+        if announcement.buffer_bytes != self.buffer_bytes:
+            raise PayloadError(f"buffers of {announcement.buffer_bytes} bytes, not {self.buffer_bytes}", Reason.SIZE)
+        self._updates.check_sizes(announcement)
+
+    def look_up(self, contribution: Contribution) -> None:
+        """Take what belongs to a contribution that has arrived, before it is validated; raises `PayloadError`."""
+        self._updates.look_up(contribution)
+
+    def has_samples(self, index: int, stated: bytes) -> None:
+        """A worker has said which samples it has, before what comes next; raises `PayloadError`."""
+        self._updates.state(index, stated)
+
+    def recover(self, contribution: Contribution) -> None:
+        """Take what belongs to a contribution that had been validated before; raises `PayloadError` if it is lost."""
+        self._updates.recover(contribution)
 
     def validate(self, contribution: Contribution) -> None:
         """Raises `PayloadError` unless the content can be decoded to finite values of the model's layout.
@@ -66,28 +92,40 @@ class Updater:
         With `max_norm` the decoded norm is checked too (`norm`), but of nested contributions, which cannot be decoded
         alone: their steps bound it, but a hundred times too high to tell good from bad. `beyond_limit` checks these.
         """
-        announcement = contribution.announcement
-        codec = self._codecs[announcement.role]
-        codec.validate(Encoded.from_bytes(contribution.update), self._model.layout.coordinates)
-        for spec, tensor in zip(
-            self._model.layout.buffers, unpack_buffers(self._model.layout, contribution.buffers), strict=True
+        self._updates.validate(contribution)
+        for spec, tensor in (
+            zip(self._model.layout.buffers, unpack_buffers(self._model.layout, contribution.buffers), strict=True)
+            if self.buffer_bytes
+            else ()
         ):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise PayloadError(f"buffer {spec.name} holds NaN or infinity", Reason.NON_FINITE)
-        if self._job.max_norm and not codec.needs_side_information:
-            (norm,) = norms([self._sender(contribution)], self._model.layout.coordinates, AggregationConfig(), None)
+        if self._job.max_norm and self._updates.decodes_alone(contribution.announcement.role):
+            senders = self._updates.senders([contribution])
+            (norm,) = norms(senders, self._model.layout.coordinates, AggregationConfig(), None)
             if not norm <= self._job.max_norm:
                 raise PayloadError(f"norm {norm:.4g} exceeds max_norm = {self._job.max_norm:g}", Reason.NORM)
 
-    def beyond_limit(self, contributions: Sequence[Contribution]) -> dict[int, str]:
-        """Which contributions of a closed round may not enter it, by index, and why: `max_norm`, `max_norm_ratio`.
+    def unfit(self, contributions: Sequence[Contribution]) -> dict[int, PayloadError]:
+        """Which contributions of a closed round may not enter it, by index, and why.
+
+        Raises `RefusedError` as `apply`.
+        """
+        found = dict(self._updates.disagreeing(contributions))
+        rest = [contribution for contribution in contributions if contribution.announcement.index not in found]
+        for index, message in self._beyond_limit(rest).items():
+            found[index] = PayloadError(message, Reason.NORM)
+        return found
+
+    def _beyond_limit(self, contributions: Sequence[Contribution]) -> dict[int, str]:
+        """Whose norms are beyond `max_norm`, `max_norm_ratio`, by index, and how far.
 
         Sources are judged first, nested contributions by what the remaining sources make of them. Both are compared
         with the median norm of the sources. Raises `RefusedError` as `apply`.
         """
         if not self._job.max_norm and not (self._job.max_norm_ratio and len(contributions) > 1):
             return {}
-        senders = [self._sender(contribution) for contribution in contributions]
+        senders = self._updates.senders(contributions)
         sources = [sender for sender in senders if sender.role is Role.SOURCE]
         nested = [sender for sender in senders if sender.role is Role.NESTED]
         found = self._norms(sources, alone=True)
@@ -119,9 +157,8 @@ class Updater:
         `EncodingError` when the model has become infinite, NaN, or too large to be encoded.
         """
         began = time.perf_counter()
-        senders = [self._sender(contribution) for contribution in contributions]
         rule = self._job.aggregation
-        report, chosen = aggregate(senders, self._update, rule, running_side=self._running_side, pool=self._pool)
+        total = self._updates.sum(contributions, rule, self._update, self._pool)
         if largest_bits(self._update.numpy().view(np.int32), 0, len(self._update)) >= INFINITY_BITS:
             raise RefusedError(Reason.NON_FINITE, "the update of the contributions is not finite")
         decode_seconds = time.perf_counter() - began
@@ -129,25 +166,6 @@ class Updater:
         self.optimizer.apply(self._update)
         step = self._broadcast.step(self._update)
         weights = [float(contribution.announcement.samples) for contribution in contributions]
-        buffers = [contribution.buffers for contribution in contributions]
-        self._model.advance(merged_buffers(self._model.layout, buffers, weights, rule, chosen))
-        return UpdateReport(report, decode_seconds, learning_rate, step)
-
-    def _sender(self, contribution: Contribution) -> Sender:
-        announcement = contribution.announcement
-        return Sender(
-            announcement.role,
-            self._codecs[announcement.role],
-            Encoded.from_bytes(contribution.update),
-            self._address(announcement),
-            float(announcement.samples),
-        )
-
-    def _address(self, announcement: Announcement) -> Address:
-        return Address(
-            seed=self._job.seed,
-            round=announcement.round,
-            sender=announcement.index,
-            domain=Domain.UPDATE,
-            attempt=announcement.attempt,
-        )
+        self._model.advance(merged_buffers(self._model.layout, total.buffers, weights, rule, total.chosen))
+        samples = self._updates.entered(contributions)
+        return UpdateReport(total.report, decode_seconds, learning_rate, step, total.announcements, samples)

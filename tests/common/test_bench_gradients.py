@@ -14,10 +14,11 @@ from ditherps.bench.commands import bench as commands
 from ditherps.bench.gradients import save_gradient
 from ditherps.bench.sources import source
 from ditherps.errors import OptionError
+from ditherps.gradient import make_deterministic
 from ditherps.job import ResolvedJob, resolve_job
 from ditherps_server.model import ServerModel
 from ditherps_server.optimizer import ServerOptimizer
-from ditherps_worker.compute import Computer, make_deterministic
+from ditherps_worker.compute import Computer
 
 
 @pytest.fixture(autouse=True)

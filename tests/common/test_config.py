@@ -162,7 +162,7 @@ class TestRefusals:
             ({"workers": 0}, "workers = 0", "greater than or equal to 1"),
             ({"rounds": 2**32}, "rounds = 4294967296", "less than 4294967296"),
             ({"seed": -1}, "seed = -1", "greater than or equal to 0"),
-            ({"mode": "fast"}, "mode = 'fast'", "'gradient' or 'local'"),
+            ({"mode": "fast"}, "mode = 'fast'", "'gradient', 'local', 'data' or 'auto'"),
             ({"quorum": 0}, "quorum = 0", "greater than 0"),
             ({"sample_fraction": 0}, "sample_fraction = 0", "greater than 0"),
             ({"sample_fraction": 1.5}, "sample_fraction = 1.5", "less than or equal to 1"),

@@ -16,6 +16,7 @@ from ditherps.codecs import Codec
 from ditherps.codecs.base import HEADER
 from ditherps.kernels import cpu, escapes, reference
 from ditherps.kernels.alphabets import alphabet, digits_nbytes, pack_digits, unpack_digits
+from ditherps.kernels.buffers import LINE_BYTES, buffer
 from ditherps.kernels.checksum import CRC_TABLES, crc32_int16
 from ditherps.kernels.packing import DIGITS, WIDE_FIELDS
 
@@ -81,6 +82,20 @@ def test_any_bytes_unpack_to_the_digits_of_the_reference(base: int) -> None:
         assert work.digits[:count].tolist() == reference.unpack(data.tobytes(), count, base)
         digits = work.digits[:count].astype(np.int64)
         assert reference.unpack(reference.pack(digits, base), count, base) == digits.tolist()
+
+
+@pytest.mark.parametrize("shape", [1, 100, 4096, (64, 3)])
+def test_buffers_are_zeros_that_share_no_cache_line(shape: int | tuple[int, ...]) -> None:
+    made = [buffer(shape, kind) for kind in (np.uint8, np.uint16, np.float32, np.int64) for _ in range(3)]
+    lines: set[int] = set()
+    for array in made:
+        assert array.shape == (shape if isinstance(shape, tuple) else (shape,))
+        assert not array.any()
+        first, last = array.ctypes.data, array.ctypes.data + array.nbytes - 1
+        assert first % LINE_BYTES == 0
+        mine = set(range(first // LINE_BYTES, last // LINE_BYTES + 1))
+        assert not mine & lines
+        lines |= mine
 
 
 def test_numbers_in_nibbles_round_trip() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditherps.errors import PayloadError, UserError
-from ditherps.samples.shard import pack, unpack, version
+from ditherps.samples.shard import VERSION_BYTES, pack, read, unpack, version
 from ditherps.sampling import split
 from ditherps.tasks import Samples, load_task
 
@@ -63,6 +64,23 @@ def test_damage_is_refused() -> None:
         unpack(beyond)
     with pytest.raises(PayloadError):  # sizes that would take gigabytes
         unpack(struct.pack("<IBI", 2**32 - 1, 32, 2**32 - 1))
+
+
+def test_it_takes_memory_for_as_many_as_there_can_be() -> None:
+    """Not for as many as a message can name, which a bit is enough for."""
+    many = bytes(VERSION_BYTES) + pack(np.arange(1 << 20))
+    most = bytes(VERSION_BYTES) + struct.pack("<IBI", 1 << 25, 0, 1 << 25) + b"\xff" * (1 << 22)
+    long = bytes(VERSION_BYTES) + struct.pack("<IBI", 1 << 16, 32, 1 << 16) + b"\xff" * ((1 << 13) + (1 << 18))
+    assert len(read(many, 1 << 20)[1]) == 1 << 20
+    for data, samples, match, ids in (
+        (many, 1000, "at most 1000", 0), (most, 0, "at most", 0), (long, 1 << 16, "beyond 32 bits", 1 << 16),
+    ):  # fmt: skip
+        tracemalloc.start()
+        with pytest.raises(PayloadError, match=match):
+            read(data, samples)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2 * len(data) + 80 * ids + (1 << 16), match
 
 
 def test_the_version_changes_with_ids_labels_and_features() -> None:

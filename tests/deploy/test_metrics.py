@@ -16,11 +16,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from ditherps import wire
 from ditherps.config import JobConfig, ServerConfig, WorkerConfig
 from ditherps.errors import Reason
+from ditherps.gradient import make_deterministic
 from ditherps.lag import INTERVAL_SECONDS, watch_lag
 from ditherps.metrics import LARGEST_NAMED, WorkerMetrics
 from ditherps_server.app import serve
 from ditherps_worker.client import Client
-from ditherps_worker.compute import Computer, make_deterministic
+from ditherps_worker.compute import Computer
 from ditherps_worker.loop import Loop
 from tests.deploy.metrics_table import DEPLOY, Metric, documented, exported, server_metrics, worker_metrics
 from tests.service.inprocess import Peer, Refused, serving

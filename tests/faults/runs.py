@@ -24,7 +24,8 @@ class Run:
         self.folder = cluster.run_dir.parent
         self._file = self.folder / "job.toml"
         worker = {"connect_timeout_seconds": 300.0}
-        self._file.write_text(tomli_w.dumps({"task": PACED, "model": "wide", **job, "worker": worker}))
+        default = {"task": PACED, "model": "wide"} if "task" not in job else {}
+        self._file.write_text(tomli_w.dumps({**default, **job, "worker": worker}))
         self.job = resolve_job({}, self._file)
 
     def server(self, *arguments: object, **options: Any) -> None:
@@ -41,7 +42,8 @@ class Run:
         """Start a worker."""
         name = self.job.config.member_table[index]
         with self.log(name).open("a") as log:
-            asked = ("--config", self._file, "--data-dir", self.folder, *arguments)
+            asked = ["--config", self._file, "--data-dir", self.folder, *arguments]
+            asked += ["--allow-data"] if self.job.config.mode == "data" else []
             self.cluster.worker(name, *asked, stderr=log, **options)
 
     def workers(self) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import tomli_w
 
+from ditherps.gradient import make_deterministic
 from ditherps.job import resolve_job
 from ditherps.security.certificates import Authority
-from ditherps_worker.compute import make_deterministic
 from tests.faults.forked import start_forked
 from tests.faults.mutations import Attack
 from tests.service.harness import Cluster

@@ -169,7 +169,7 @@ async def test_a_cut_that_fails_loses_nothing(tmp_path: Path, monkeypatch: pytes
         else:
             patched.setattr(files, fails, failing, raising=False)
         with pytest.raises(OSError, match="Too many open files"):
-            await log.cut(redo.leases({1: b"a"}))
+            await log.cut(redo.members({1: b"a"}, {}))
     last = Leased(index=7, key=b"after")
     await log.append(last)
     log.close()
@@ -194,7 +194,7 @@ async def test_who_is_cancelled_does_not_cancel_for_others(tmp_path: Path, monke
 async def test_cutting_keeps_what_is_asked_for_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "redo.bin"
     log = await written(path, RECORDS)
-    await log.cut(redo.leases({1: b"a"}))
+    await log.cut(redo.members({1: b"a"}, {}))
     await log.append(RECORDS[1][0])
     log.close()
     assert found(path) == [(Began(job_id="job"), b""), (Leased(index=1, key=b"a"), b""), RECORDS[1]]

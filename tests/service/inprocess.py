@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import torch
@@ -172,7 +172,7 @@ class Peer:
         self.stub = wire.Stub(self.channel, self.meter, token)
         self.joined = pb.JoinResponse()
 
-    async def __aenter__(self) -> Peer:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc: object) -> None:

@@ -19,7 +19,7 @@ from ditherps.local import run_local
 from ditherps.plots import read_records
 from tests.service.test_local import job_of
 
-SPECS = ("none", "bf16", "dqsg:levels=1.5,bucket=512/dqsg:levels=3")
+SPECS = ("none", "bf16", "dqsg:levels=1.5,bucket=512/dqsg:levels=3", "data:level=2")
 FOLDERS = ("1-none", "3-dqsg-levels-1.5-bucket-512-dqsg-levels-3")
 PLOTS = ("accuracy_bits.png", "loss_bits.png", "accuracy_time.png")
 
@@ -33,7 +33,7 @@ class Compared(NamedTuple):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
-    """One comparison of three codecs, whose second run never comes about."""
+    """One comparison of three codecs and of samples, whose second run never comes about."""
 
     def run_or_fail(job: ResolvedJob, *arguments: Any, **options: Any) -> tuple[dict[str, Any] | None, int]:
         if job.config.codec == "bf16":
@@ -59,10 +59,11 @@ class TestCompared:
         assert comparison == json.loads((compared.folder / "compare.json").read_text())
         assert comparison["task"] == "digits"
         assert [run["codec"] for run in comparison["runs"]] == list(SPECS)
-        plain, failed, dithered = comparison["runs"]
+        plain, failed, dithered, samples = comparison["runs"]
         assert failed["failure"] == "worker-0 ended with exit code 6: it fell over"
         assert (failed["exit_code"], failed["test_accuracy"]) == (ExitCode.UNREACHABLE, None)
-        for run in (plain, dithered):
+        assert [run["mode"] for run in (plain, dithered, samples)] == ["gradient", "gradient", "data"]
+        for run in (plain, dithered, samples):
             assert (run["exit_code"], run["failure"], run["rounds"]) == (0, None, 6)
             result = json.loads((Path(run["run_dir"]) / "result.json").read_text())
             assert all(run[key] == result[key] for key in comparing._KEPT)
@@ -71,6 +72,7 @@ class TestCompared:
             assert run["total_compression_vs_float32"] == pytest.approx(64 / both)
         assert (plain["downlink_codec"], dithered["downlink_codec"]) == ("none", "dqsg:levels=3")
         assert 8 < plain["uplink_bytes"] / dithered["uplink_bytes"] < 16
+        assert 5 < dithered["uplink_payload_bytes"] / samples["uplink_payload_bytes"] < 20
         assert 5 < plain["downlink_bytes"] / dithered["downlink_bytes"] < 16
 
     def test_everything_but_the_codec_is_equal(self, compared: Compared) -> None:
@@ -88,9 +90,9 @@ class TestCompared:
     def test_what_a_person_sees(self, compared: Compared) -> None:
         lines = compared.output.splitlines()
         assert any("failed: worker-0" in " ".join(line.split()) or "bf16: failed" in line for line in lines)
-        for said in ("digits, 6 rounds, 2 workers", "accuracy", "down Mbit", "bits down", *PLOTS):
+        for said in ("digits, 6 rounds, 2 workers", "accuracy", "payload", *PLOTS):
             assert said in compared.output
-        assert [f"run {n} of 3: {spec}" in compared.error for n, spec in enumerate(SPECS, 1)] == [True] * 3
+        assert [f"run {n} of 4: {spec}" in compared.error for n, spec in enumerate(SPECS, 1)] == [True] * 4
         for name in PLOTS:
             with Image.open(compared.folder / name) as image:
                 image.verify()
@@ -129,10 +131,23 @@ def test_a_downlink_of_all_that_name_none() -> None:
         comparing.resolve(["none/dqsg", "dqsg"], {"task": "digits", "downlink": {"codec": "nope"}})
 
 
+def test_samples_alone_take_no_model_down() -> None:
+    """A way down is encoded in mode `data` only where workers compute gradients too."""
+    specs = ["data", "data:keep=0.5", "data+dqsg:coder=rans", "data/dqsg"]
+    jobs = comparing.resolve(specs, {"task": "digits"})
+    assert {job.config.mode for job in jobs} == {"data"}
+    first, gated, refined, named = (job.config.downlink.codec for job in jobs)
+    assert (first, named) == ("none", "dqsg")
+    assert "step=rms" in gated
+    assert "coder=rans" in refined
+    assert comparing.resolve(["dqsg"], {"task": "digits", "mode": "auto"})[0].config.downlink.codec == "none"
+
+
 def a_run(codec: str, **more: Any) -> dict[str, Any]:
     return {
         "codec": codec, "failure": None, "rounds": 1000, "workers": 4, "test_accuracy": 0.9756, "test_loss": 0.0812,
-        "uplink_bytes": 4_265_760_000, "downlink_bytes": 215_000_000, "uplink_bits_per_coordinate": 32.001,
+        "uplink_bytes": 4_265_760_000, "uplink_payload_bytes": 4_265_000_000, "downlink_bytes": 215_000_000,
+        "uplink_bits_per_coordinate": 32.001,
         "downlink_bits_per_coordinate": 1.6127, "total_compression_vs_float32": 1.904, "seconds": 1234.5, **more,
     }  # fmt: skip
 
@@ -149,13 +164,13 @@ def test_the_table_fits_in_100_columns(capsys: pytest.CaptureFixture[str]) -> No
     assert max(map(len, text.splitlines())) <= 100
     assert "…" not in text
     assert text.splitlines()[0].strip() == "mnist, 1000 rounds, 4 workers"
-    heads = next(line for line in text.splitlines() if "codec" in line).replace("┃", "|").split("|")[1:-1]
-    assert [head.strip() for head in heads] == [
-        "codec", "accuracy", "loss", "up Mbit", "down Mbit", "bits up", "bits down", "below", "seconds",
+    heads = zip(*(line.split("┃")[1:-1] for line in text.splitlines()[2:4]), strict=True)
+    assert [" ".join("".join(head).split()) for head in heads] == [
+        "codec", "accuracy", "loss", "up Mbit", "payload Mbit", "down Mbit", "bits up", "bits down", "below", "seconds",
     ]  # fmt: skip
     first, *_ = (line.split("│")[2:-1] for line in text.splitlines() if "34,126" in line)
     assert [cell.strip() for cell in first] == [
-        "0.9756", "0.0812", "34,126.08", "1,720.00", "32.001", "1.613", "1.9", "1234.5",
+        "0.9756", "0.0812", "34,126.08", "34,120.00", "1,720.00", "32.001", "1.613", "1.9", "1234.5",
     ]  # fmt: skip
     assert "float32 in both directions" in text
     assert text.splitlines()[-1] == "runs/x/accuracy_bits.png"

@@ -19,12 +19,12 @@ from ditherps.codecs import Role
 from ditherps.config import JobConfig
 from ditherps.dither import Address, Domain
 from ditherps.errors import NonFiniteError, OptionError, Reason
+from ditherps.gradient import make_deterministic
 from ditherps.job import resolve_job
 from ditherps.layout import FlatModel
 from ditherps.sampling import evaluate
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
-from ditherps_worker.compute import make_deterministic
 from tests.service.inprocess import Peer, Refused, Served, serving
 from tests.service.simulation import simulated_model
 

@@ -21,10 +21,10 @@ from safetensors import safe_open
 
 from ditherps.config import JobConfig
 from ditherps.errors import ExitCode, OptionError
+from ditherps.gradient import make_deterministic
 from ditherps.layout import Layout, model_sha256
 from ditherps.plots import read_records
 from ditherps.tasks import Task, load_task
-from ditherps_worker.compute import make_deterministic
 from tests.service.harness import Cluster, environment, last_json, run, wait_until
 from tests.service.simulation import simulated
 from tests.tiny import Tiny

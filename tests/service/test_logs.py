@@ -63,7 +63,9 @@ def test_a_failure_of_a_worker_is_in_the_log_with_its_reason(tmp_path: Path) -> 
             cluster.worker(f"worker-{index}")
         wait_until(lambda: len(read_records(tmp_path)) > 5, 150, "rounds")
         cluster.kill("worker-1")
-        wait_until(lambda: any(record["absent"] for record in read_records(tmp_path)), what="a round without the worker")
+        wait_until(
+            lambda: any(record["absent"] for record in read_records(tmp_path)), what="a round without the worker"
+        )
         cluster.processes["server"].terminate()
         _, _, error = cluster.finish("server")
     finally:

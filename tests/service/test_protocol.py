@@ -506,12 +506,12 @@ class TestWhileAContentIsChecked:
         gate = Gate(monkeypatch, "validate")
         async with opened(tmp_path, metrics=True) as (served, a, _, plan):
             update = a.update(plan)
-            pushes = []
-            for _ in range(2):
-                pushes.append(asyncio.create_task(a.push(a.header(plan, update), update)))
-                await gate.holds()
+            first, second = asyncio.create_task(a.push(a.header(plan, update), update)), a.pushing()
+            await gate.holds()
+            await second.send(a.header(plan, update))
+            assert (await second.answer()).need.offset == len(update)  # all of it is here, and is being checked
             gate.open.set()
-            answers = await asyncio.gather(*pushes)
+            answers = [await first, await second.answer()]
             assert all(answer.HasField("accepted") for answer in answers)
             assert sorted(answer.accepted.duplicate for answer in answers) == [False, True]
             assert await served.metric("ditherps_contributions_total") == 1

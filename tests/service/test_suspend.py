@@ -15,10 +15,10 @@ import torch
 
 from ditherps.config import JobConfig
 from ditherps.errors import ExitCode, Reason
+from ditherps.gradient import make_deterministic
 from ditherps.status import fetch_status
 from ditherps.tasks import load_task
 from ditherps.v1 import parameter_server_pb2 as pb
-from ditherps_worker.compute import make_deterministic
 from tests.service.harness import Cluster, last_json, wait_until
 from tests.service.simulation import simulated
 from tests.service.test_local import job_of

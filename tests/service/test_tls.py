@@ -17,6 +17,7 @@ import torch
 from ditherps import wire
 from ditherps.config import JobConfig, WorkerConfig
 from ditherps.errors import ExitCode, HandshakeError, Reason, RefusedError, UserError
+from ditherps.gradient import make_deterministic
 from ditherps.metrics import WorkerMetrics
 from ditherps.security.certificates import Authority, read_certificate
 from ditherps.security.credentials import Files
@@ -26,7 +27,7 @@ from ditherps.status import fetch_status
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 from ditherps_worker.client import Client
-from ditherps_worker.compute import Computer, make_deterministic
+from ditherps_worker.compute import Computer
 from ditherps_worker.connection import check_plaintext
 from ditherps_worker.loop import Loop
 from tests import authorities

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from ditherps_worker.compute import make_deterministic
+from ditherps.gradient import make_deterministic
 
 
 @pytest.fixture(autouse=True)

@@ -658,7 +658,7 @@ async def test_kept_feedback_that_is_damaged_is_refused(tmp_path: Path) -> None:
     codec = ditherps.codec(FEEDBACK["codec"], **FEEDBACK["codec_options"])
     feedback, again = ErrorFeedback(codec, 10), ErrorFeedback(codec, 10)
     encoded = feedback.encode(torch.arange(10.0), Address(1, 2, 3, Domain.UPDATE))
-    sent = Encoded((2, 0, 2, 1), encoded.to_bytes(), b"buffers", STATS)
+    sent = Encoded((2, 0, 2, 1, b""), encoded.to_bytes(), b"buffers", STATS)
     kept.save(feedback, sent, "job", 3)
     for other in (("another job", 3), ("job", 2)):
         assert kept.restore(again, *other) is None

@@ -18,8 +18,9 @@ import ditherps
 from ditherps import kernels, wire
 from ditherps.config import JobConfig, WorkerConfig, validated
 from ditherps.downlink import downlink_codec
-from ditherps.errors import ExitCode, OptionError, Reason, RefusedError, UnreachableError
+from ditherps.errors import ExitCode, Reason, RefusedError, UnreachableError
 from ditherps.files import claimed
+from ditherps.gradient import make_deterministic, pick_device
 from ditherps.lag import watch_lag
 from ditherps.memory import keep_freed_memory
 from ditherps.metrics import DOWN, UP, WorkerMetrics
@@ -27,7 +28,7 @@ from ditherps.security.credentials import Files
 from ditherps.signals import on_first_signal
 from ditherps.tasks import load_task, task_names
 from ditherps_worker.client import Client
-from ditherps_worker.compute import Computer, make_deterministic
+from ditherps_worker.compute import Computer
 from ditherps_worker.connection import check_plaintext
 from ditherps_worker.loop import Loop
 
@@ -60,19 +61,6 @@ def run_worker(config: WorkerConfig) -> ExitCode:
         config = config.model_copy(update={"server": address})
     with claimed(config.state_dir) if config.state_dir else contextlib.nullcontext():
         return uvloop.run(_work(config))
-
-
-def pick_device(name: str, index: int = 0) -> torch.device:
-    """`auto`: one of this machine's GPUs, by the worker's index, or the CPU where there is none.
-
-    Raises `OptionError` for a GPU that is not there.
-    """
-    if name == "auto":
-        return torch.device(f"cuda:{index % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError("--device", name, f"auto, cpu; this machine has {torch.cuda.device_count()} GPUs")
-    return device
 
 
 def announced(path: Path, limit_seconds: float) -> str:

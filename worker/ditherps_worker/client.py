@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ class PushStats:
     nmse: float
     compute_seconds: float
     encode_seconds: float
+    sample_bytes: int = 0
+    """Mode `data`: of the update, its selection and samples."""
 
 
 class Client:
@@ -152,8 +155,9 @@ class Client:
             fence=self.fence, round=plan.round, attempt=plan.attempt, base_version=plan.base_version, role=plan.role,
             context=plan.context if plan.HasField("context") else None,
             update_bytes=len(update), buffer_bytes=len(buffers), digest=wire.digest_of(*parts), samples=stats.samples,
-            loss=stats.loss, nmse=stats.nmse, compute_seconds=stats.compute_seconds,
-            encode_seconds=stats.encode_seconds,
+            loss=None if math.isnan(stats.loss) else stats.loss,
+            nmse=None if math.isnan(stats.nmse) else stats.nmse, compute_seconds=stats.compute_seconds,
+            encode_seconds=stats.encode_seconds, sample_bytes=stats.sample_bytes,
         )  # fmt: skip
         call = self._stub.Push()
         try:
@@ -211,6 +215,10 @@ class Client:
         await self._call(
             self._stub.Report(pb.ReportRequest(fence=self.fence, evaluation=evaluation), timeout=CALL_SECONDS)
         )
+
+    async def has_samples(self, shard: bytes) -> None:
+        """Say which samples this worker has."""
+        await self._call(self._stub.Report(pb.ReportRequest(fence=self.fence, shard=shard), timeout=CALL_SECONDS))
 
     async def heartbeat(self) -> None:
         """Give a sign of life."""

@@ -22,6 +22,7 @@ def worker(
     name: options.Name = None,
     task: options.Task = None,
     device: options.Device = None,
+    allow_data: options.AllowData = None,
     config: options.Config = None,
     data_dir: options.DataDir = None,
     state_dir: options.StateDir = None,
@@ -45,6 +46,7 @@ def worker(
     file = read_job_file(config) if config is not None else {}
     given: dict[str, Any] = {
         "server": server, "name": name, "task": task if task is not None else file.get("task"), "device": device,
+        "allow_data": allow_data,
         "data_dir": data_dir, "state_dir": state_dir, "metrics_host": metrics_host, "metrics_port": metrics_port,
         "certs": certs, "token": token, "insecure": insecure, "log_format": log_format,
     }  # fmt: skip

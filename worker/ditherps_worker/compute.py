@@ -16,10 +16,9 @@ from torch.optim import SGD
 
 from ditherps.config import JobConfig
 from ditherps.gradient import backward, seed_torch
-from ditherps.gradient import make_deterministic as make_deterministic
 from ditherps.layout import FlatModel
 from ditherps.sampling import Evaluation, Ids, Walk, augmentation_keys, evaluate, split
-from ditherps.tasks import Samples, Task
+from ditherps.tasks import Keys, Samples, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +36,25 @@ class Update:
 
 
 class Computer:
-    """A worker's model, its share of the data, and its walk through it."""
+    """A worker's model, its share of the data, and its walk through it.
+
+    Attributes:
+        task, name: what is trained, and the task's name of the model.
+        model: w.
+        samples: of all workers; the worker takes those of its `shard`, ascending ids.
+    """
 
     def __init__(self, job: JobConfig, index: int, task: Task, data_dir: Path | None, device: torch.device) -> None:
         """Load the data and build the model.
 
         Raises `UserError` (`DataMissingError`) when the data is not there, or cannot be split as the job says.
         """
-        self._job, self._index, self._task, self._data_dir = job, index, task, data_dir
-        self._name = job.model or None
-        self.model = FlatModel(task.build(self._name, job.seed), device)
-        self._samples = task.load(data_dir, train=True)
-        shards = split(self._samples, job.workers, job.seed, job.split.kind, job.split.alpha)
-        self._walk = Walk(shards[index], job.seed, index)
+        self._job, self._index, self._data_dir = job, index, data_dir
+        self.task, self.name = task, job.model or None
+        self.model = FlatModel(task.build(self.name, job.seed), device)
+        self.samples = task.load(data_dir, train=True)
+        self.shard = split(self.samples, job.workers, job.seed, job.split.kind, job.split.alpha)[index]
+        self._walk = Walk(self.shard, job.seed, index)
         self._test: Samples | None = None
         self._base = torch.empty_like(self.model.flat) if job.mode == "local" else None
 
@@ -91,12 +96,29 @@ class Computer:
     def _backward(self, ids: Ids, epochs: Ids) -> torch.Tensor:
         rows = torch.from_numpy(ids)
         keys = augmentation_keys(self._job.seed, epochs, ids)
-        features, labels = self._samples.features[rows], self._samples.labels[rows]
-        return backward(self._task, self._name, self.model, features, labels, keys)
+        return backward(
+            self.task, self.name, self.model, self.samples.features[rows], self.samples.labels[rows], keys
+        )  # fmt: skip
+
+    def batch(self, round_: int) -> tuple[Ids, Keys]:
+        """Ids of a round's samples, and the keys that augment them."""
+        ids, epochs = self._walk.take(round_ * self._job.batch_size, self._job.batch_size)
+        return ids, augmentation_keys(self._job.seed, epochs, ids)
+
+    def gradient_at(
+        self, round_: int, features: torch.Tensor, labels: torch.Tensor, keys: Keys, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Leave the gradient at a batch of round `round_` in `self.model.gradient`; its loss; buffers move on.
+
+        Arguments as `ditherps.gradient.backward`.
+        """
+        seed_torch(self._job.seed, round_, self._index)
+        self.model.module.train()
+        return backward(self.task, self.name, self.model, features, labels, keys, weights)
 
     def evaluate(self) -> tuple[Evaluation, int]:
         """Loss and accuracy of the model that `self.model` holds, and how many test samples stand behind them."""
         if self._test is None:
-            self._test = self._task.load(self._data_dir, train=False)
-        result = evaluate(self._task, self._name, self.model.module, self._test, self.model.device)
+            self._test = self.task.load(self._data_dir, train=False)
+        result = evaluate(self.task, self.name, self.model.module, self._test, self.model.device)
         return result, len(self._test)

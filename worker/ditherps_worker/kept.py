@@ -31,8 +31,8 @@ _BUFFERS = "buffers"
 class Encoded:
     """A contribution that may have to be sent again: same plan, same bytes."""
 
-    plan: tuple[int, int, int, int]
-    """Round, attempt, base version and role."""
+    plan: tuple[int, int, int, int, bytes]
+    """Round, attempt, base version, role, and in mode `data` what the server holds."""
     update: bytes | memoryview
     buffers: bytes
     stats: PushStats
@@ -78,7 +78,7 @@ class KeptState:
             "job_id": job_id,
             "index": str(index),
             "values": json.dumps({key: value for key, value in state.items() if not isinstance(value, Tensor)}),
-            "plan": json.dumps(sent.plan),
+            "plan": json.dumps(sent.plan[:4]),
             "stats": json.dumps(asdict(sent.stats)),
         }
         with replacing(self._folder / FEEDBACK_FILE) as file:
@@ -110,4 +110,4 @@ class KeptState:
         log.info("error feedback goes on from %s", path)
         if feedback.encoded is None:
             return None
-        return Encoded((round_, attempt, base_version, role), feedback.encoded.data.data, buffers, stats)
+        return Encoded((round_, attempt, base_version, role, b""), feedback.encoded.data.data, buffers, stats)

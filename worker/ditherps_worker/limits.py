@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 
-from ditherps import codec as make_codec
 from ditherps import wire
 from ditherps.codecs import Codec, Role, codec_names
 from ditherps.config import JobConfig, WorkerConfig, validated
 from ditherps.downlink import downlink_codec
 from ditherps.errors import PayloadError, Reason, RefusedError, UserError
+from ditherps.network import is_loopback
+from ditherps.samples.mode import update_codec
 from ditherps.text import one_line
 from ditherps.v1 import parameter_server_pb2 as pb
 from ditherps.v1 import types_pb2
 
 ROLES = {types_pb2.ROLE_SOURCE: Role.SOURCE, types_pb2.ROLE_NESTED: Role.NESTED}
 MODES = ("gradient", "local")
+DATA_ASKED_FOR = (
+    "the job's mode is data: its server would see this worker's samples and labels, quantized; say --allow-data here "
+    "to let it"
+)
 PLAN_BYTES = 4 << 20
 """Of a job with 100,000 named members."""
 LARGEST_ATTEMPT = (1 << 24) - 1
@@ -26,7 +31,10 @@ LEAST_SECONDS, MOST_SECONDS = 0.01, 7 * 86_400.0
 
 def stated(config: WorkerConfig) -> pb.WorkerLimits:
     """What a worker says at Join that it takes."""
-    return pb.WorkerLimits(modes=MODES, codecs=codec_names(), model_bytes=config.max_model_bytes, plan_bytes=PLAN_BYTES)
+    return pb.WorkerLimits(
+        modes=(*MODES, "data") if config.allow_data else MODES, codecs=codec_names(), plan_bytes=PLAN_BYTES,
+        model_bytes=config.max_model_bytes, data_bits=config.max_data_level,
+    )  # fmt: skip
 
 
 def accepted(joined: pb.JoinResponse, limits: pb.WorkerLimits) -> JobConfig:
@@ -39,9 +47,15 @@ def accepted(joined: pb.JoinResponse, limits: pb.WorkerLimits) -> JobConfig:
     if len(joined.job) > limits.plan_bytes:
         raise RefusedError(Reason.LIMITS, f"a job of {len(joined.job)} bytes; this worker takes {limits.plan_bytes}")
     job = _job(joined.job)
+    if job.mode == "data" and "data" not in limits.modes:
+        raise RefusedError(Reason.DATA_NOT_ALLOWED, DATA_ASKED_FOR)
+    if job.mode == "data" and job.data.level > limits.data_bits:
+        message = f"samples at level {job.data.level} are asked for; this worker allows {limits.data_bits}"
+        raise RefusedError(Reason.DATA_NOT_ALLOWED, message)
     if job.mode not in limits.modes:
         raise RefusedError(Reason.LIMITS, f"the job's mode is {job.mode!r}, which this worker does not take")
-    for codec in (job.codec, job.downlink.codec.partition(":")[0]):
+    up = job.data.refine.partition(":")[0] if job.mode == "data" else job.codec
+    for codec in (up, job.downlink.codec.partition(":")[0]):
         if codec and codec not in limits.codecs:
             raise RefusedError(Reason.LIMITS, f"the job's codec is {codec[:80]!r}, which this worker does not know")
     model_bytes = 4 * joined.parameter_coordinates + joined.buffer_bytes
@@ -60,6 +74,15 @@ def accepted(joined: pb.JoinResponse, limits: pb.WorkerLimits) -> JobConfig:
     return job
 
 
+def check_samples_may_leave(config: WorkerConfig) -> None:
+    """Raises `RefusedError` where samples would travel in plaintext to another machine, whatever else is allowed."""
+    if config.certs is None and not is_loopback(config.server.rpartition(":")[0].strip("[]")):
+        raise RefusedError(
+            Reason.DATA_NOT_ALLOWED,
+            f"the job asks for samples, which would travel to {config.server} in plaintext: say --certs",
+        )
+
+
 def _job(data: bytes) -> JobConfig:
     try:
         values = json.loads(data)
@@ -73,7 +96,7 @@ def _job(data: bytes) -> JobConfig:
 def codecs_of(job: JobConfig) -> tuple[Codec, Codec | None]:
     """The job's codec, and that of the model's steps; raises `PayloadError` where its options make none."""
     try:
-        codec = make_codec(job.codec, **job.codec_options)
+        codec = update_codec(job)
         return codec, downlink_codec(job.downlink, codec)
     except (TypeError, ValueError, RecursionError, UserError) as error:
         raise PayloadError(f"the server's job has a codec that cannot be: {one_line(str(error))}") from None
@@ -88,7 +111,7 @@ def check_plan(plan: types_pb2.RoundPlan, job: JobConfig, roles: Collection[Role
             f"{job.rounds} rounds"
         )
     if plan.role != types_pb2.ROLE_UNSPECIFIED and ROLES.get(plan.role) not in roles:
-        raise PayloadError(f"a plan with role {plan.role}, which {job.codec} does not have", Reason.WRONG_ROLE)
+        raise PayloadError(f"a plan with role {plan.role}, which {job.uplink} does not have", Reason.WRONG_ROLE)
     if plan.context.version or plan.context.digest:
         raise PayloadError("a plan with a codec context, which this job does not have", Reason.CONTEXT_MISMATCH)
     if plan.codec:

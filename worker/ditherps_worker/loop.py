@@ -25,7 +25,8 @@ from ditherps_worker.client import Client, PushStats
 from ditherps_worker.compute import Computer
 from ditherps_worker.held import HeldModel
 from ditherps_worker.kept import Encoded, KeptState
-from ditherps_worker.limits import ROLES, accepted, check_plan, codecs_of, stated
+from ditherps_worker.limits import ROLES, accepted, check_plan, check_samples_may_leave, codecs_of, stated
+from ditherps_worker.sampled import SampleSender
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ _NO_ROOM_FOR_CONTENT = (Reason.STAGING_FULL, Reason.DISK_FULL)
 _LARGEST_RESULTS = 64
 """Ends of rounds that are kept for who has not looked yet."""
 
+Identity = tuple[int, int, int, int, bytes]
+"""Of what a plan asks for, as `Encoded.plan`."""
 MakeComputer = Callable[[JobConfig, int], Computer]
 
 
@@ -119,6 +122,7 @@ class Loop:
         """Epoch of the server and version that was evaluated last."""
         self._sent: Encoded | None = None
         self._feedback: ErrorFeedback | None = None
+        self._sampled: SampleSender | None = None
         self._results: list[types_pb2.RoundResult] = []
         self._job_id = ""
         self._progressed = False
@@ -160,6 +164,8 @@ class Loop:
         joined = await self._client.join(self._lease_key, join_seconds)
         try:
             job = accepted(joined, stated(self._config))
+            if job.mode == "data":
+                check_samples_may_leave(self._config)
         except (RefusedError, PayloadError) as error:
             await self._leave(error.reason)
             raise
@@ -168,6 +174,8 @@ class Loop:
         background = [asyncio.create_task(self._heartbeat(state, joined.heartbeat_seconds))]
         try:
             await self._prepare(job, joined)
+            if self._sampled is not None:
+                await self._client.has_samples(self._sampled.shard)
             background.append(asyncio.create_task(self._watch(state)))
             while True:
                 latest = await state.changed()
@@ -208,7 +216,7 @@ class Loop:
                 self._held.doubted = True
             self._epoch = joined.fence.server_epoch
             return
-        self._sent, self._held, self._feedback = None, None, None
+        self._sent, self._held, self._feedback, self._sampled = None, None, None, None
         self._results.clear()
         self._codec, down = codecs_of(job)
         await asyncio.to_thread(kernels.warm, self._codec)
@@ -227,6 +235,9 @@ class Loop:
             down = down.for_layout(layout)
         self._held = HeldModel(job.downlink, job.seed, down, self._computer.model, joined.initial_digest)
         self._codec = self._codec.for_layout(layout)
+        if job.mode == "data":
+            refinement = self._codec if job.data.refine else None
+            self._sampled = await asyncio.to_thread(SampleSender, job, joined.index, self._computer, refinement)
         if job.error_feedback:
             self._feedback = ErrorFeedback(self._codec, layout.coordinates)
             self._sent = await asyncio.to_thread(self._kept.restore, self._feedback, joined.fence.job_id, joined.index)
@@ -276,9 +287,10 @@ class Loop:
         assert self._held is not None
         check_plan(plan, job, self._codec.roles)
         self._metrics.round.set(plan.round)
-        identity = (plan.round, plan.attempt, plan.base_version, plan.role)
+        identity = (plan.round, plan.attempt, plan.base_version, plan.role, plan.need)
         encoded = self._sent is not None and self._sent.plan == identity
-        if not encoded or self._held.doubted or self._evaluation_due(plan):
+        computes = self._sampled is None or self._sampled.needs_model
+        if (computes and (not encoded or self._held.doubted)) or self._evaluation_due(plan):
             try:
                 if await self._hold(self._held, plan.base_version):
                     self._sent, encoded = None, False  # of another w than the server's
@@ -292,7 +304,8 @@ class Loop:
             return
         if not encoded:
             try:
-                self._sent = await asyncio.to_thread(self._contribution, job, index, plan, identity)
+                contribute = self._contribution if self._sampled is None else self._samples
+                self._sent = await asyncio.to_thread(contribute, job, index, plan, identity)
             except BaseException:
                 self._held.forget()  # computing changes the model, and puts it back at its end only
                 raise
@@ -314,8 +327,8 @@ class Loop:
             return
         self._metrics.push_seconds.observe(time.perf_counter() - began)
         size = len(self._sent.update) + len(self._sent.buffers)
-        self._metrics.payload_bytes.labels(UP, job.codec).inc(size)
-        self._metrics.values.labels(UP, job.codec).inc(self._computer.model.layout.coordinates)
+        self._metrics.payload_bytes.labels(UP, job.uplink).inc(size)
+        self._metrics.values.labels(UP, job.uplink).inc(self._computer.model.layout.coordinates)
         log.debug("pushed round=%d bytes=%d counted=%s", plan.round, size, counted)
 
     async def _push(self, plan: types_pb2.RoundPlan, sent: Encoded, state: State) -> bool:
@@ -380,9 +393,19 @@ class Loop:
         except OSError as error:
             log.warning("error feedback is not kept, and would be lost with this process: %s", error)
 
-    def _contribution(
-        self, job: JobConfig, index: int, plan: types_pb2.RoundPlan, identity: tuple[int, int, int, int]
-    ) -> Encoded:
+    def _samples(self, job: JobConfig, index: int, plan: types_pb2.RoundPlan, identity: Identity) -> Encoded:
+        assert self._sampled is not None
+        update = self._sampled.update(plan.round, plan.attempt, plan.need)
+        self._metrics.compute_seconds.observe(update.compute_seconds)
+        self._metrics.encode_seconds.observe(update.encode_seconds)
+        self._metrics.train_loss.set(update.loss)
+        stats = PushStats(
+            job.batch_samples, update.loss, update.nmse, update.compute_seconds, update.encode_seconds,
+            update.sample_bytes,
+        )  # fmt: skip
+        return Encoded(identity, update.update, b"", stats)
+
+    def _contribution(self, job: JobConfig, index: int, plan: types_pb2.RoundPlan, identity: Identity) -> Encoded:
         assert self._computer is not None
         update = self._computer.update(plan.round)
         address = Address(seed=job.seed, round=plan.round, sender=index, domain=Domain.UPDATE, attempt=plan.attempt)

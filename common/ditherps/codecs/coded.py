@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from concurrent.futures import Executor
 from itertools import pairwise
 from typing import NamedTuple
@@ -34,6 +33,7 @@ from ditherps.kernels.coder import (
 )
 from ditherps.kernels.jit import Int
 from ditherps.kernels.philox import TILE, Stream
+from ditherps.pool import on_threads
 
 _LARGEST_STEP = cpu.LARGEST / HEADROOM
 
@@ -79,24 +79,26 @@ class CodedLayout(BucketLayout):
     ) -> tuple[Bytes, int, int | None]:
         """As `FixedLayout.encode`; chunks are encoded on the threads of `pool`, to the same bytes."""
         n = x.size
-        map_: Callable[..., object] = map if pool is None else pool.map
-        steps = self._steps(x, map_) if step is None else np.full(self.buckets(n), step, np.float32)
+        steps = self._steps(x, pool) if step is None else np.full(self.buckets(n), step, np.float32)
         stream, bucket = address.stream(n), self._bucket(n)
-        chunks: list[Bytes] = list(
-            map_(lambda lo: self._chunk(x, lo, min(lo + CHUNK, n), stream, bucket, steps), range(0, n, CHUNK))  # type: ignore[call-overload]
-        )
+
+        def sealed(lo: int) -> tuple[Bytes, int]:
+            chunk = self._chunk(x, lo, min(lo + CHUNK, n), stream, bucket, steps)
+            return chunk, checksum(chunk)
+
+        chunks = on_threads(pool, sealed, range(0, n, CHUNK))
         front = self._front(n)
-        data = np.empty(front + sum(chunk.size for chunk in chunks), np.uint8)
+        data = np.empty(front + sum(chunk.size for chunk, _ in chunks), np.uint8)
         self.steps(data, n)[:] = steps
         directory = data[front - 8 * len(chunks) : front].view(np.uint32)
         at = front
-        for place, chunk in enumerate(chunks):
-            directory[2 * place : 2 * place + 2] = chunk.size, checksum(chunk)
+        for place, (chunk, check) in enumerate(chunks):
+            directory[2 * place : 2 * place + 2] = chunk.size, check
             data[at : at + chunk.size] = chunk
             at += chunk.size
         return data, 0, front
 
-    def _steps(self, x: NDArray[np.float32], map_: Callable[..., object]) -> NDArray[np.float32]:
+    def _steps(self, x: NDArray[np.float32], pool: Executor | None) -> NDArray[np.float32]:
         """The step of each bucket; a bucket of several chunks is summed chunk by chunk, in their order."""
         bits, bucket = x.view(np.int32), self._bucket(x.size)
         rule, factor = self._options.step, self._options.factor
@@ -110,7 +112,7 @@ class CodedLayout(BucketLayout):
             squares = float(cpu.sum_of_squares(x, lo, hi, cpu.workspace().sums))
             return int(squares > 0) if math.isfinite(squares) else cpu.INFINITY_BITS, squares
 
-        parts: list[tuple[int, float]] = list(map_(measure, range(0, x.size, unit)))  # type: ignore[call-overload]
+        parts = on_threads(pool, measure, range(0, x.size, unit))
         steps = np.empty(self.buckets(x.size), np.float32)
         per_bucket = -(-bucket // unit)
         for place in range(steps.size):

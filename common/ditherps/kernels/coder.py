@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditherps.entropy.family import Family, family, logarithms
+from ditherps.kernels.buffers import buffer
 from ditherps.kernels.explicit import fill_from_slots
 from ditherps.kernels.jit import Int, kernel
 from ditherps.kernels.philox import TILE
@@ -86,37 +87,38 @@ def coder() -> Coder:
     except AttributeError:
         found = _local.coder = Coder(
             family=family(),
-            lanes=np.empty(TILE, np.uint16),
-            scratch=np.empty(TILE, np.uint16),
-            scaled=np.empty(TILE, np.float32),
-            sums=np.empty(2 * ROW, np.float32),
-            indices=np.empty(TILE, np.int32),
-            classes=np.empty(TILE, np.uint8),
-            places=np.empty(TILE, np.uint16),
-            lows=np.empty(TILE, np.uint16),
-            highs=np.empty(TILE, np.int32),
-            parameters=np.empty((CHUNK_TILES, 3), np.int64),
-            cumulative=np.empty(CELLS + 2, np.int64),
-            entries=np.zeros(ENTRIES + PART, np.uint32),  # whole parts may be read
-            reciprocals=np.empty(ENTRIES, np.uint64),
-            nearest=np.empty(SLOTS + FILL, np.uint8),
-            rows=np.empty(ROWS_SIZE, np.uint32),
-            offsets=np.empty(OFFSETS, np.int32),
-            low_entries=np.empty(SLOTS, np.uint32),
-            low_reciprocals=np.empty(SLOTS, np.uint64),
-            states=np.empty(LANES, np.uint64),
-            one_state=np.empty(1, np.uint64),
-            words=np.empty(2 * CHUNK + 2 * LANES, np.uint16),
-            nibbles=np.empty(6 * TILE, np.uint8),
-            escapes=np.empty(6 * CHUNK, np.uint8),
-            model=np.full(6, -1, np.int64),
-            slots=np.empty(CELLS, np.int64),
-            counts=np.empty(CELLS, np.int64),
-            used=np.empty(ENTRIES, np.int64),
+            lanes=buffer(TILE, np.uint16),
+            scratch=buffer(TILE, np.uint16),
+            scaled=buffer(TILE, np.float32),
+            sums=buffer(2 * ROW, np.float32),
+            indices=buffer(TILE, np.int32),
+            classes=buffer(TILE, np.uint8),
+            places=buffer(TILE, np.uint16),
+            lows=buffer(TILE, np.uint16),
+            highs=buffer(TILE, np.int32),
+            parameters=buffer((CHUNK_TILES, 3), np.int64),
+            cumulative=buffer(CELLS + 2, np.int64),
+            entries=buffer(ENTRIES + PART, np.uint32),  # whole parts may be read
+            reciprocals=buffer(ENTRIES, np.uint64),
+            nearest=buffer(SLOTS + FILL, np.uint8),
+            rows=buffer(ROWS_SIZE, np.uint32),
+            offsets=buffer(OFFSETS, np.int32),
+            low_entries=buffer(SLOTS, np.uint32),
+            low_reciprocals=buffer(SLOTS, np.uint64),
+            states=buffer(LANES, np.uint64),
+            one_state=buffer(1, np.uint64),
+            words=buffer(2 * CHUNK + 2 * LANES, np.uint16),
+            nibbles=buffer(6 * TILE, np.uint8),
+            escapes=buffer(6 * CHUNK, np.uint8),
+            model=buffer(6, np.int64),
+            slots=buffer(CELLS, np.int64),
+            counts=buffer(CELLS, np.int64),
+            used=buffer(ENTRIES, np.int64),
             logarithms=logarithms(),
-            reach=np.zeros(1, np.int64),
-            out=np.empty(HEAD + MOST_MODEL_BYTES + MOST_BYTES * CHUNK, np.uint8),
+            reach=buffer(1, np.int64),
+            out=buffer(HEAD + MOST_MODEL_BYTES + MOST_BYTES * CHUNK, np.uint8),
         )
+        found.model[:] = -1  # none yet
     return found
 
 

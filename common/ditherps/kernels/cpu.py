@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditherps.kernels.alphabets import Alphabet, digits_nbytes, pack_digits, unpack_digits
+from ditherps.kernels.buffers import buffer
 from ditherps.kernels.checksum import CRC_TABLES, crc32_int16
 from ditherps.kernels.escapes import NOT_RAW, check_escapes, get_escape, put_escape
 from ditherps.kernels.jit import Int, kernel
@@ -81,21 +82,21 @@ def workspace() -> Workspace:
     try:
         found: Workspace = _local.workspace
     except AttributeError:
-        word = np.empty(TILE, np.float32)
+        word = buffer(TILE, np.float32)
         found = _local.workspace = Workspace(
-            lanes=np.empty(TILE, np.uint16),
-            scratch=np.empty(TILE, np.uint16),
-            digits=np.empty(DIGITS, np.uint16),
-            spare=np.empty(DIGITS, np.uint16),
-            fields=np.empty(DIGITS, np.uint16),
-            wide=np.empty(WIDE_FIELDS, np.uint64),
-            indices=np.empty(TILE, np.int64),
-            sums=np.empty(SQUARE_LANES, np.float64),
+            lanes=buffer(TILE, np.uint16),
+            scratch=buffer(TILE, np.uint16),
+            digits=buffer(DIGITS, np.uint16),
+            spare=buffer(DIGITS, np.uint16),
+            fields=buffer(DIGITS, np.uint16),
+            wide=buffer(WIDE_FIELDS, np.uint64),
+            indices=buffer(TILE, np.int64),
+            sums=buffer(SQUARE_LANES, np.float64),
             word=word,
             word_bits=word.view(np.int32),
             crc=CRC_TABLES,
-            kept=np.empty(TILE, np.float32),
-            places=np.empty(TILE, np.int64),
+            kept=buffer(TILE, np.float32),
+            places=buffer(TILE, np.int64),
         )
     return found
 

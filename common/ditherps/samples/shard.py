@@ -17,6 +17,9 @@ from ditherps.sampling import Ids
 from ditherps.tasks import Samples
 
 MOST_IDS: Final = 1 << 32
+MOST_UNDECLARED: Final = 1 << 22
+"""Of a worker whose task does not say how many samples there are: a few bits of a message each, but 8 bytes here."""
+VERSION_BYTES: Final = 16
 
 _HEAD: Final = struct.Struct("<IBI")  # ids, Rice parameter, bits of the first part
 
@@ -28,6 +31,25 @@ def version(samples: Samples, shard: Ids) -> bytes:
     for row in shard.tolist():  # one by one: no copy of the shard
         state.update(np.ascontiguousarray(samples.features[row].numpy()).data)
     return state.digest()
+
+
+def stated(samples: Samples, shard: Ids) -> bytes:
+    """What a worker says of its samples: `version`, then the ids (`pack`). Raises `UserError` as `pack`."""
+    return version(samples, shard) + pack(shard)
+
+
+def read(data: bytes, samples: int) -> tuple[bytes, Ids]:
+    """Version and ids of what `stated` wrote; `samples`: how many the task has, 0: not known.
+
+    Raises:
+        PayloadError: it did not write this, there are no ids, or one is out of range.
+    """
+    ids = unpack(data[VERSION_BYTES:], samples or MOST_UNDECLARED)
+    if len(ids) == 0:
+        raise PayloadError("a shard without samples", Reason.SIZE)
+    if samples and ids[-1] >= samples:
+        raise PayloadError(f"a shard with sample {ids[-1]}; the task has {samples}", Reason.SIZE)
+    return data[:VERSION_BYTES], ids
 
 
 def pack(shard: Ids) -> bytes:
@@ -55,11 +77,11 @@ def pack(shard: Ids) -> bytes:
     return _HEAD.pack(len(shard), order, len(zeros_and_ones)) + b"".join(parts)
 
 
-def unpack(data: bytes) -> Ids:
-    """Read what `pack` wrote; memory in proportion to the data.
+def unpack(data: bytes, most: int = MOST_IDS) -> Ids:
+    """Read what `pack` wrote of at most so many ids; memory in proportion to these and the data.
 
     Raises:
-        PayloadError: it did not write this.
+        PayloadError: it did not write this, or of more.
     """
     if len(data) < _HEAD.size:
         raise PayloadError(f"a shard of {len(data)} bytes has no head", Reason.SIZE)
@@ -67,6 +89,8 @@ def unpack(data: bytes) -> Ids:
     middle = _HEAD.size + (front + 7) // 8
     if order > 32 or count > front or len(data) != middle + (count * order + 7) // 8:
         raise PayloadError(f"a shard of {count} ids cannot take {len(data)} bytes", Reason.SIZE)
+    if count > most:
+        raise PayloadError(f"a shard of {count} ids; at most {most} are possible", Reason.SIZE)
     bits = np.frombuffer(data, np.uint8)
     first = np.unpackbits(bits[_HEAD.size : middle], bitorder="little")
     second = np.unpackbits(bits[middle:], bitorder="little")
@@ -74,9 +98,9 @@ def unpack(data: bytes) -> Ids:
     whole = len(ends) == count and (front == 0 if count == 0 else int(ends[-1]) == front - 1)
     if not whole or second[count * order :].any():
         raise PayloadError("a shard's bits are not those of so many ids")
-    high = np.diff(ends, prepend=-1) - 1
-    low = (second[: count * order].reshape(count, order).astype(np.int64) << np.arange(order)).sum(1)
-    gaps = (high.astype(np.int64) << order) + low
+    gaps = np.diff(ends, prepend=-1).astype(np.int64) - 1
+    for low in second[: count * order].reshape(count, order).T[::-1]:
+        gaps = (gaps << 1) + low
     if gaps.astype(np.float64).sum() + count > MOST_IDS:
         raise PayloadError("a shard has ids beyond 32 bits")
     return np.cumsum(gaps + 1) - 1

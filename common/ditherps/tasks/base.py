@@ -105,12 +105,14 @@ class Task(ABC):
         classes: number of classes, labels are 0 to classes - 1.
         models: its models by name; the first is the default.
         features: shape and range of its stored features, which mode `data` needs; None: there is no such mode for it.
+        training_samples: how many there are, by which `mode = auto` judges how often they come again; 0: not known.
     """
 
     name: str
     classes: int
     models: Mapping[str, ModelSpec]
     features: Features | None = None
+    training_samples: int = 0
 
     @abstractmethod
     def load(self, data_dir: Path | None, *, train: bool) -> Samples:

@@ -64,6 +64,7 @@ class Cifar10(Task):
     classes = 10
     models = _MODELS
     features = Features((3, _SIDE, _SIDE))
+    training_samples = 50_000
 
     def load(self, data_dir: Path | None, *, train: bool) -> Samples:
         """The images as (N, 3, 32, 32) uint8.

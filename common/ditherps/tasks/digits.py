@@ -45,6 +45,7 @@ class Digits(Task):
     classes = 10
     models = _MODELS
     features = Features((8, 8), high=(16,))
+    training_samples = 1_442
 
     def load(self, data_dir: Path | None, *, train: bool) -> Samples:
         """The images as (N, 8, 8) uint8 in 0..16; `data_dir` is not looked at."""

@@ -52,6 +52,7 @@ class IdxTask(Task):
     classes = 10
     models = _MODELS
     features = Features((28, 28))
+    training_samples = 60_000
 
     def __init__(self, name: str, source: Source) -> None:
         self.name = name

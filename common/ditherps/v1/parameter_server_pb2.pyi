@@ -64,7 +64,7 @@ class WorkerLimits(_message.Message):
     model_bytes: _builtins.int
     plan_bytes: _builtins.int
     data_bits: _builtins.int
-    """Finest level of quantized data that may leave the node; 0: none."""
+    """Mode `data`: finest level of quantized samples that may leave the node."""
     @_builtins.property
     def modes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -394,6 +394,7 @@ class PushHeader(_message.Message):
     NMSE_FIELD_NUMBER: _builtins.int
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     ENCODE_SECONDS_FIELD_NUMBER: _builtins.int
+    SAMPLE_BYTES_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     attempt: _builtins.int
     base_version: _builtins.int
@@ -405,9 +406,12 @@ class PushHeader(_message.Message):
     samples: _builtins.int
     """Samples behind this contribution, as declared at Join: its weight."""
     loss: _builtins.float
+    """Where the worker knows them."""
     nmse: _builtins.float
     compute_seconds: _builtins.float
     encode_seconds: _builtins.float
+    sample_bytes: _builtins.int
+    """Mode `data`: of the update, its first part, selection and samples."""
     @_builtins.property
     def fence(self) -> _types_pb2.Fence: ...
     @_builtins.property
@@ -425,16 +429,24 @@ class PushHeader(_message.Message):
         buffer_bytes: _builtins.int = ...,
         digest: _builtins.bytes = ...,
         samples: _builtins.int = ...,
-        loss: _builtins.float = ...,
-        nmse: _builtins.float = ...,
+        loss: _builtins.float | None = ...,
+        nmse: _builtins.float | None = ...,
         compute_seconds: _builtins.float = ...,
         encode_seconds: _builtins.float = ...,
+        sample_bytes: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "fence", b"fence"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_nmse", b"_nmse", "context", b"context", "fence", b"fence", "loss", b"loss", "nmse", b"nmse"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_version", b"base_version", "buffer_bytes", b"buffer_bytes", "compute_seconds", b"compute_seconds", "context", b"context", "digest", b"digest", "encode_seconds", b"encode_seconds", "fence", b"fence", "loss", b"loss", "nmse", b"nmse", "role", b"role", "round", b"round", "samples", b"samples", "update_bytes", b"update_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "_nmse", b"_nmse", "attempt", b"attempt", "base_version", b"base_version", "buffer_bytes", b"buffer_bytes", "compute_seconds", b"compute_seconds", "context", b"context", "digest", b"digest", "encode_seconds", b"encode_seconds", "fence", b"fence", "loss", b"loss", "nmse", b"nmse", "role", b"role", "round", b"round", "sample_bytes", b"sample_bytes", "samples", b"samples", "update_bytes", b"update_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    _WhichOneofReturnType__nmse: _TypeAlias = _typing.Literal["nmse"]  # noqa: Y015
+    _WhichOneofArgType__nmse: _TypeAlias = _typing.Literal["_nmse", b"_nmse"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__nmse) -> _WhichOneofReturnType__nmse | None: ...
 
 Global___PushHeader: _TypeAlias = PushHeader  # noqa: Y015
 
@@ -607,6 +619,11 @@ class ReportRequest(_message.Message):
 
     FENCE_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
+    shard: _builtins.bytes
+    """Mode `data`: which samples the worker has (FORMAT.md, "Samples"). It is
+    present once it has said so, which it does after every Join.
+    """
     @_builtins.property
     def fence(self) -> _types_pb2.Fence: ...
     @_builtins.property
@@ -616,10 +633,11 @@ class ReportRequest(_message.Message):
         *,
         fence: _types_pb2.Fence | None = ...,
         evaluation: Global___Evaluation | None = ...,
+        shard: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "fence", b"fence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "fence", b"fence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "fence", b"fence", "shard", b"shard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

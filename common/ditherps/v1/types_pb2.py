@@ -24,27 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64itherps/v1/types.proto\x12\x0b\x64itherps.v1\">\n\x05\x46\x65nce\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x14\n\x0cserver_epoch\x18\x02 \x01(\x04\x12\x0f\n\x07session\x18\x03 \x01(\x04\",\n\tContextId\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\xde\x01\n\tRoundPlan\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\x04\x12\x1f\n\x04role\x18\x04 \x01(\x0e\x32\x11.ditherps.v1.Role\x12\r\n\x05\x63odec\x18\x05 \x01(\t\x12\'\n\x07\x63ontext\x18\x06 \x01(\x0b\x32\x16.ditherps.v1.ContextId\x12\x10\n\x08\x65valuate\x18\x07 \x01(\x08\x12\x18\n\x10\x64\x65\x61\x64line_seconds\x18\x08 \x01(\x01\x12\x16\n\x0ehistory_rounds\x18\t \x01(\r\"t\n\x0bRoundResult\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0f\n\x07members\x18\x04 \x01(\r\x12\x10\n\x08included\x18\x05 \x01(\x08\x12\x11\n\tabandoned\x18\x06 \x01(\t\"B\n\tJobResult\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x14\n\x0cmodel_sha256\x18\x03 \x01(\t\"#\n\x04Span\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12\x0c\n\x04last\x18\x02 \x01(\x04*>\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SOURCE\x10\x01\x12\x0f\n\x0bROLE_NESTED\x10\x02*}\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_WAITING\x10\x01\x12\x0e\n\nPHASE_OPEN\x10\x02\x12\x11\n\rPHASE_CLOSING\x10\x03\x12\x12\n\x0ePHASE_FINISHED\x10\x04\x12\x13\n\x0fPHASE_SUSPENDED\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64itherps/v1/types.proto\x12\x0b\x64itherps.v1\">\n\x05\x46\x65nce\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x14\n\x0cserver_epoch\x18\x02 \x01(\x04\x12\x0f\n\x07session\x18\x03 \x01(\x04\",\n\tContextId\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\"\xec\x01\n\tRoundPlan\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\x04\x12\x1f\n\x04role\x18\x04 \x01(\x0e\x32\x11.ditherps.v1.Role\x12\r\n\x05\x63odec\x18\x05 \x01(\t\x12\'\n\x07\x63ontext\x18\x06 \x01(\x0b\x32\x16.ditherps.v1.ContextId\x12\x10\n\x08\x65valuate\x18\x07 \x01(\x08\x12\x18\n\x10\x64\x65\x61\x64line_seconds\x18\x08 \x01(\x01\x12\x16\n\x0ehistory_rounds\x18\t \x01(\r\x12\x0c\n\x04need\x18\n \x01(\x0c\"t\n\x0bRoundResult\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0f\n\x07members\x18\x04 \x01(\r\x12\x10\n\x08included\x18\x05 \x01(\x08\x12\x11\n\tabandoned\x18\x06 \x01(\t\"B\n\tJobResult\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x14\n\x0cmodel_sha256\x18\x03 \x01(\t\"#\n\x04Span\x12\r\n\x05\x66irst\x18\x01 \x01(\x04\x12\x0c\n\x04last\x18\x02 \x01(\x04*>\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SOURCE\x10\x01\x12\x0f\n\x0bROLE_NESTED\x10\x02*}\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_WAITING\x10\x01\x12\x0e\n\nPHASE_OPEN\x10\x02\x12\x11\n\rPHASE_CLOSING\x10\x03\x12\x12\n\x0ePHASE_FINISHED\x10\x04\x12\x13\n\x0fPHASE_SUSPENDED\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ditherps.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=598
-  _globals['_ROLE']._serialized_end=660
-  _globals['_PHASE']._serialized_start=662
-  _globals['_PHASE']._serialized_end=787
+  _globals['_ROLE']._serialized_start=612
+  _globals['_ROLE']._serialized_end=674
+  _globals['_PHASE']._serialized_start=676
+  _globals['_PHASE']._serialized_end=801
   _globals['_FENCE']._serialized_start=40
   _globals['_FENCE']._serialized_end=102
   _globals['_CONTEXTID']._serialized_start=104
   _globals['_CONTEXTID']._serialized_end=148
   _globals['_ROUNDPLAN']._serialized_start=151
-  _globals['_ROUNDPLAN']._serialized_end=373
-  _globals['_ROUNDRESULT']._serialized_start=375
-  _globals['_ROUNDRESULT']._serialized_end=491
-  _globals['_JOBRESULT']._serialized_start=493
-  _globals['_JOBRESULT']._serialized_end=559
-  _globals['_SPAN']._serialized_start=561
-  _globals['_SPAN']._serialized_end=596
+  _globals['_ROUNDPLAN']._serialized_end=387
+  _globals['_ROUNDRESULT']._serialized_start=389
+  _globals['_ROUNDRESULT']._serialized_end=505
+  _globals['_JOBRESULT']._serialized_start=507
+  _globals['_JOBRESULT']._serialized_end=573
+  _globals['_SPAN']._serialized_start=575
+  _globals['_SPAN']._serialized_end=610
 # @@protoc_insertion_point(module_scope)

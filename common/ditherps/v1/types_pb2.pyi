@@ -135,6 +135,7 @@ class RoundPlan(_message.Message):
     EVALUATE_FIELD_NUMBER: _builtins.int
     DEADLINE_SECONDS_FIELD_NUMBER: _builtins.int
     HISTORY_ROUNDS_FIELD_NUMBER: _builtins.int
+    NEED_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     attempt: _builtins.int
     """Address of the dither; 0 unless a reopened round changed what is encoded."""
@@ -152,6 +153,10 @@ class RoundPlan(_message.Message):
     """For how many of its own coming contributions the worker has to hold side
     information or history; 0 in this version.
     """
+    need: _builtins.bytes
+    """Mode `data`: what the server holds of this worker's samples of the round
+    (FORMAT.md, "Samples"); the worker sends what it lacks.
+    """
     @_builtins.property
     def context(self) -> Global___ContextId: ...
     def __init__(
@@ -166,10 +171,11 @@ class RoundPlan(_message.Message):
         evaluate: _builtins.bool = ...,
         deadline_seconds: _builtins.float = ...,
         history_rounds: _builtins.int = ...,
+        need: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_version", b"base_version", "codec", b"codec", "context", b"context", "deadline_seconds", b"deadline_seconds", "evaluate", b"evaluate", "history_rounds", b"history_rounds", "role", b"role", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "base_version", b"base_version", "codec", b"codec", "context", b"context", "deadline_seconds", b"deadline_seconds", "evaluate", b"evaluate", "history_rounds", b"history_rounds", "need", b"need", "role", b"role", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
