@@ -54,7 +54,7 @@ from ditherps_server.rounds import Rules
 from ditherps_server.rpcs import RpcMeter
 from ditherps_server.rule import check_rule
 from ditherps_server.sampled import SampledUpdates
-from ditherps_server.samplefiles import SampleFiles
+from ditherps_server.samplefiles import SampleFiles, wipe
 from ditherps_server.saving import REDO_FILE, Saver, resumed
 from ditherps_server.service import ParameterServerService
 from ditherps_server.tensorboard import Board
@@ -81,6 +81,7 @@ async def serve(
     with claimed(config.run_dir):
         if config.resume and (result := finished(config.run_dir, job)) is not None:
             log.info("the job in %s is over: nothing to go on with", config.run_dir)
+            wipe(config.run_dir, kept=config.keep_cache)  # a server that was killed at its end could not
             return result
         return await serve_in(job, config, task, on_round, on_started)
 
@@ -248,7 +249,7 @@ def _sampled(job: JobConfig, config: ServerConfig, task: Task, model: ServerMode
     device = pick_device(config.device)
     rows = None
     if config.cache_dir is not None:
-        rows = FileRows.at(config.cache_dir, SampleCache.row_bytes(features_of(task)))
+        rows = FileRows(config.cache_dir, SampleCache.row_bytes(features_of(task)))
     cache = SampleCache(features_of(task), job.data.cache_bytes, rows)
     return SampledUpdates(job, task, model, codec, cache, device)
 
@@ -284,7 +285,8 @@ def rpcs_at_once(limits: LimitsConfig, workers: int) -> int:
 
 
 def _check_staging(job: JobConfig, codec: Codec, rules: Rules, updater: Updater) -> None:
-    largest = max(updater.largest_update_bytes(role) for role in codec.roles) + updater.buffer_bytes
+    largest = max(updater.largest_update_bytes(role) for role in codec.roles)
+    largest += updater.buffer_bytes + updater.aside_bytes
     invited = rules.invited(job.workers)
     if invited * largest > job.staging_bytes:
         raise OptionError(
