@@ -54,7 +54,7 @@ from ditherps_server.rounds import Rules
 from ditherps_server.rpcs import RpcMeter
 from ditherps_server.rule import check_rule
 from ditherps_server.sampled import SampledUpdates
-from ditherps_server.samplefiles import SampleFiles
+from ditherps_server.samplefiles import SampleFiles, wipe
 from ditherps_server.saving import REDO_FILE, Saver, resumed
 from ditherps_server.service import ParameterServerService
 from ditherps_server.tensorboard import Board
@@ -81,6 +81,8 @@ async def serve(
     with claimed(config.run_dir):
         if config.resume and (result := finished(config.run_dir, job)) is not None:
             log.info("the job in %s is over: nothing to go on with", config.run_dir)
+            if job.mode == "data" and not config.keep_cache:
+                wipe(config.run_dir, config.cache_dir)  # where the server was cut off before it did so itself
             return result
         return await serve_in(job, config, task, on_round, on_started)
 
