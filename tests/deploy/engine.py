@@ -154,13 +154,17 @@ def make_base(engine: Engine, folder: Path) -> None:
 
 
 @contextmanager
-def wheels() -> Iterator[list[str]]:
-    """Build arguments for torch's CPU build: from this machine's disk, where it lies there, through a local server."""
+def wheels() -> Iterator[tuple[list[str], str]]:
+    """Torch's CPU build from this machine's disk, where it lies there, through a local server.
+
+    The build arguments, and a line for pip's configuration, which may be another each time without any step being made
+    anew.
+    """
     found = [
         path for folder in os.environ.get("PIP_FIND_LINKS", "").split() for path in Path(folder).glob("torch-*+cpu-*")
     ]
     if not found:
-        yield []
+        yield [], ""
         return
     version = found[0].name.split("-")[1].partition("+")[0]
     _, minor, _ = version.split(".")
@@ -169,11 +173,10 @@ def wheels() -> Iterator[list[str]]:
     handler = functools.partial(_Quiet, directory=str(found[0].parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        links = f"--find-links http://127.0.0.1:{server.server_port}/"
-        yield [
-            "--build-arg", f"TORCH=torch=={version} {torchvision}", "--build-arg", "TORCH_INDEX=",
-            "--build-arg", f"PIP_ARGS={links}",
-        ]  # fmt: skip
+        yield (
+            ["--build-arg", f"TORCH=torch=={version} {torchvision}", "--build-arg", "TORCH_INDEX="],
+            f"find-links = http://127.0.0.1:{server.server_port}/\n",
+        )
         server.shutdown()
 
 
@@ -184,12 +187,13 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 def build_images(engine: Engine, folder: Path, repository: Path) -> None:
     """Both images, tagged TAG, through this machine's way to its packages."""
-    secrets: list[str] = []
     bundle = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
-    if bundle:
-        (folder / "pip.conf").write_text("[global]\ncert = /run/secrets/ca_bundle\n")
-        secrets = ["--secret", f"id=pip_conf,src={folder / 'pip.conf'}", "--secret", f"id=ca_bundle,src={bundle}"]
-    with wheels() as torch:
+    with wheels() as (torch, find_links):
+        secrets = ["--secret", f"id=pip_conf,src={folder / 'pip.conf'}"]
+        if bundle:
+            secrets += ["--secret", f"id=ca_bundle,src={bundle}"]
+        cert = "cert = /run/secrets/ca_bundle\n" if bundle else ""
+        (folder / "pip.conf").write_text(f"[global]\n{cert}{find_links}")
         for target in ("server", "worker"):
             engine.docker(
                 "build", "--network", "host", "-f", repository / "deploy/Dockerfile", "--target", target,

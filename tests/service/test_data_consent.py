@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ditherps.config import JobConfig, ServerConfig, WorkerConfig
-from ditherps.errors import DitherpsError, ExitCode, OptionError, Reason, RefusedError, UserError
+from ditherps.errors import DitherpsError, ExitCode, OptionError, PayloadError, Reason, RefusedError, UserError
 from ditherps.job import resolve_job
 from ditherps.tasks import Samples
 from ditherps_server.app import serve
@@ -18,7 +18,7 @@ from tests.service.harness import Cluster, last_json, run
 from tests.service.inprocess import Peer, Refused, serving
 from tests.service.sampler import LIMITS
 from tests.tiny import Tiny
-from tests.worker.test_limits import Liar, ended, joined
+from tests.worker.test_limits import Liar, ended, joined, state
 
 asynchronous = pytest.mark.asyncio(loop_scope="session")
 pytestmark = pytest.mark.timeout(300)
@@ -79,6 +79,19 @@ class TestServersThatLie:
             assert isinstance(error, DitherpsError)
             assert "\n" not in str(error)
 
+    async def test_a_finer_level_than_is_allowed(self) -> None:
+        liar = Liar(join=joined({"mode": "data", "data": {"level": 3}}))
+        error = await ended(liar, allow_data=True, max_data_level=2)
+        assert isinstance(error, RefusedError)
+        assert error.reason is Reason.DATA_NOT_ALLOWED
+
+    @pytest.mark.parametrize("need", [b"\x09", b"\xff", b"\xff" * 4, bytes(1 << 20)])
+    async def test_a_need_that_cannot_be(self, need: bytes) -> None:
+        liar = Liar(join=joined({"mode": "data"}), states=[state(need=need)])
+        error = await ended(liar, allow_data=True)
+        assert isinstance(error, PayloadError)
+        assert "a need" in str(error)
+
     async def test_a_level_that_there_is_not(self) -> None:
         error = await ended(Liar(join=joined({"mode": "data", "data": {"level": 200}})), allow_data=True)
         assert "level" in str(error)
@@ -87,7 +100,12 @@ class TestServersThatLie:
 @asynchronous
 @pytest.mark.parametrize(
     ("modes", "level", "reason"),
-    [(("gradient", "local"), 0, Reason.DATA_NOT_ALLOWED), ((), 0, Reason.DATA_NOT_ALLOWED)],
+    [
+        (("gradient", "local"), 15, Reason.DATA_NOT_ALLOWED),
+        ((), 0, Reason.DATA_NOT_ALLOWED),
+        (("data",), 1, Reason.DATA_NOT_ALLOWED),
+        (("data",), 0, Reason.DATA_NOT_ALLOWED),
+    ],
 )
 async def test_the_server_does_not_let_in_who_does_not_allow_it(
     tmp_path: Path, modes: tuple[str, ...], level: int, reason: Reason

@@ -14,6 +14,8 @@ from ditherps.errors import ExitCode
 from ditherps_server.samplefiles import wipe
 from tests.faults.conftest import _deterministic as _deterministic
 from tests.faults.conftest import cluster as cluster
+from tests.faults.points import command as at
+from tests.faults.points import fired
 from tests.faults.runs import PACED, Run
 from tests.service.harness import Cluster, last_json
 from tests.service.harness import run as command
@@ -92,6 +94,39 @@ def test_a_server_killed_at_random_moments(cluster: Cluster, data: dict[str, Any
         assert sum(run.payload[EPOCH:]) == 0
 
 
+POINTS = [
+    # The samples of a checkpoint: written but not in place; in place, but not the checkpoint; both, and the older ones.
+    "kill:before:pathlib:Path.replace@samples-:2",
+    "kill:after:pathlib:Path.replace@samples-:2",
+    "kill:before:ditherps_server.samplefiles:SampleFiles.forget:2",
+    "kill:before:ditherps_server.redo:RedoLog.begin:2",
+    # A round: written down as closed but not applied; applied, but its samples are nowhere yet.
+    "kill:before:ditherps_server.updater:Updater.apply:4",
+    "kill:before:ditherps_server.sampled:SampledUpdates.entered:4",
+    # At the end: nothing of the job may be left.
+    "kill:before:ditherps_server.samplefiles:SampleFiles.end:1",
+]
+
+
+@pytest.mark.slow
+def test_a_server_killed_at_named_points(cluster: Cluster) -> None:
+    """One life after another of one run, each with its own point; room for half of the samples."""
+    run = DataRun(cluster, **{**JOB, "rounds": 10 * len(POINTS)}, data={**REFINED, "cache_bytes": 50 * (256 + 12)})
+    for number, point in enumerate(POINTS):
+        marker = run.folder / f"marker-{number}"
+        run.begin_server(*(["--resume"] if number else []), program=at(marker, point))
+        if number == 0:
+            cluster.await_server()
+            run.workers()
+        assert cluster.finish("server")[0] == -signal.SIGKILL, point
+        assert fired(marker) == [point]
+    assert left(cluster.run_dir) != []
+    run.begin_server("--resume")  # which finds the result, and what was left behind
+    assert cluster.result()["model_sha256"] == run.expected()
+    assert "are sent again" not in run.said
+    assert left(cluster.run_dir) == []
+
+
 @pytest.mark.parametrize("how", ["wiped", "damaged", "missing"])
 def test_samples_that_are_not_there_any_more_are_sent_again(cluster: Cluster, how: str) -> None:
     run = DataRun(cluster, **JOB)
@@ -130,7 +165,7 @@ def test_a_server_that_is_suspended(cluster: Cluster, tmp_path: Path) -> None:
     cluster.processes["server"].send_signal(signal.SIGTERM)
     code, output, _ = cluster.finish("server")
     assert (code, last_json(output)["reason"]) == (ExitCode.OK, "suspended")
-    assert (cache / "samples.rows").stat().st_mode & 0o077 == 0
+    assert list(cache.iterdir()) == []  # nobody but the server finds what is there
     assert run.resumed("--cache-dir", cache)["model_sha256"] == run.expected()
     assert "are sent again" not in run.said
     assert left(cluster.run_dir) == left(cache) == []
