@@ -286,7 +286,10 @@ class SampleCache:
         for row, entry in zip(rows, self._entries.values(), strict=True):
             row[:] = np.frombuffer(self._rows.get(entry.place), np.uint8)
         versions = json.dumps({str(worker): version.hex() for worker, version in sorted(self._versions.items())})
-        metadata = {"versions": versions, "digest": _digest(versions, keys, facts, rows)}
+        # The same rows mean other values where a task says another range of its features.
+        metadata = {
+            "versions": versions, "features": repr(self._features), "digest": _digest(versions, keys, facts, rows),
+        }  # fmt: skip
         tensors = {"keys": keys, "facts": facts, "rows": rows}
         with replacing(path) as file:
             file.write(save({name: torch.from_numpy(array) for name, array in tensors.items()}, metadata))
@@ -308,7 +311,8 @@ class SampleCache:
             raise PayloadError(f"the sample cache {path.name} cannot be read: {error}") from None
         if metadata.get("digest") != _digest(text, keys, facts, rows):
             raise PayloadError(f"the sample cache {path.name} is damaged")
-        if rows.shape[1:] != (self.row_bytes(self._features),) or rows.dtype != np.uint8:
+        of_these = metadata.get("features") == repr(self._features)
+        if not of_these or rows.shape[1:] != (self.row_bytes(self._features),) or rows.dtype != np.uint8:
             raise PayloadError(f"the sample cache {path.name} holds samples with other features")
         self._versions = versions
         first = max(len(keys) - self._budget_bytes // self.entry_bytes, 0)
