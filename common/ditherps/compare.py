@@ -44,7 +44,15 @@ def resolve(specs: Sequence[str], flags: Mapping[str, Any], config: Path | None 
     """
     if not specs or len(set(specs)) < len(specs):
         raise OptionError("--codec", ", ".join(specs), "each once: --codec none --codec dqsg --codec dqsg/none")
-    return [resolve_job(merged(flags, job_options(spec)), config) for spec in specs]
+    return [_resolved(spec, flags, config) for spec in specs]
+
+
+def _resolved(spec: str, flags: Mapping[str, Any], config: Path | None) -> ResolvedJob:
+    options = job_options(spec)
+    job = resolve_job(merged(flags, options), config)
+    if job.config.mode == "data" and "mode" not in options:  # which the others are compared with
+        job = resolve_job(merged(flags, options, {"mode": "gradient"}), config)
+    return job
 
 
 def compare(

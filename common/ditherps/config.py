@@ -364,7 +364,7 @@ class LimitsConfig(_Config):
 
 
 class ServerConfig(_Config):
-    """Where a server listens and what it leaves behind; nothing here changes a run's result."""
+    """Where a server listens and what it leaves behind; nothing here changes a run's result, but for `device`."""
 
     host: str = "127.0.0.1"
     port: int = Field(50051, ge=0, le=65535)
@@ -405,7 +405,8 @@ class ServerConfig(_Config):
     health_socket: Path | None = None
     """Serve on this Unix socket too, in plaintext: for health checks beside a server that asks for certificates."""
     device: str = Field("auto", pattern=DEVICE)
-    """Where gradients are computed in mode `data`."""
+    """Where gradients are computed in mode `data`. Another kind of device rounds otherwise: a job that goes on on one
+    has another result than it would have had."""
     cache_dir: Path | None = None
     """Mode `data`: a folder for the samples that the server keeps; None: in memory. The checkpoint holds them too."""
     keep_cache: bool = False

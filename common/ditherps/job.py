@@ -55,8 +55,9 @@ def resolve_job(flags: Mapping[str, Any], path: Path | None = None) -> ResolvedJ
     task = load_task(str(asked.get("task", JobConfig.model_fields["task"].default)))
     recipe = task.recipe(asked.get("model") or None)
     job = validated(JobConfig, merged(_defaults(recipe, asked), asked))
+    codec = make_codec(job.codec, **job.codec_options)
     if job.error_feedback:
-        require_contractive(make_codec(job.codec, **job.codec_options))
+        require_contractive(codec)
     choice = ""
     if job.mode == "auto":
         coordinates = sum(parameter.numel() for parameter in task.build(job.model or None, job.seed).parameters())
@@ -65,12 +66,12 @@ def resolve_job(flags: Mapping[str, Any], path: Path | None = None) -> ResolvedJ
     if job.mode == "data":
         check_mode(job.data, task)
     # As a name, so that the job says what is sent, whatever a later version chooses.
-    down = downlink_codec(job.downlink, _downlink_kind(job))
+    down = downlink_codec(job.downlink, _downlink_kind(job, codec))
     job = job.model_copy(update={"downlink": job.downlink.model_copy(update={"codec": down.spec if down else "none"})})
     return ResolvedJob(job, task, server, worker, choice)
 
 
-def _downlink_kind(job: JobConfig) -> Codec:
+def _downlink_kind(job: JobConfig, codec: Codec) -> Codec:
     """The codec of whose kind the way down is where the job does not say: that of the updates.
 
     In mode `data`, workers that send all their samples and no more do not need the model: encoding its steps would only
@@ -78,7 +79,7 @@ def _downlink_kind(job: JobConfig) -> Codec:
     """
     if job.mode != "data" or not needs_model(job.data) or job.data.refine:
         return update_codec(job)
-    return make_codec(job.codec, **job.codec_options)
+    return codec
 
 
 def _table(name: str, value: object) -> Mapping[str, Any]:
@@ -154,4 +155,5 @@ def _is_data(text: str) -> bool:
 def _data_options(text: str) -> dict[str, Any]:
     samples, _, refine = text.partition("+")
     given = samples.removeprefix("data").removeprefix(":")
-    return {"mode": "data", "data": {**assignments(given.split(",") if given else [], "data"), "refine": refine}}
+    options = assignments(given.split(",") if given else [], "data")
+    return {"mode": "data", "data": {**options, **({"refine": refine} if refine else {})}}

@@ -73,7 +73,10 @@ def run_local(
     file = {
         **job.model_dump(mode="json"),
         "server": dict(resolved.server),
-        "worker": {"connect_timeout_seconds": START_SECONDS, **resolved.worker},
+        "worker": {
+            "connect_timeout_seconds": START_SECONDS,
+            **{key: value for key, value in resolved.worker.items() if key != "allow_data"},
+        },
     }
     (run_dir / LAUNCH_FILE).write_text(tomli_w.dumps(file))
     shown = SilentView() if quiet else view(job)

@@ -196,6 +196,13 @@ AllowData = Annotated[
         text="Let a server that trains in mode data see this worker's samples and labels, quantized.", panel=RUN,
     ),
 ]  # fmt: skip
+MaxDataLevel = Annotated[
+    int | None,
+    _option(
+        "--max-data-level", env="MAX_DATA_LEVEL",
+        text="With --allow-data: most bits of a feature that may leave (default: what the job asks for).", panel=RUN,
+    ),
+]  # fmt: skip
 CacheDir = Annotated[
     Path | None,
     _option(

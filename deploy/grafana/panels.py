@@ -67,6 +67,13 @@ def quantiles(metric: str, by: str = "", selector: str = "") -> tuple[Query, Que
     )  # type: ignore[return-value]
 
 
+def by_reason(metric: str) -> Query:
+    """What was counted in ten minutes, of all reasons and by those that there were: most of the list never come up."""
+    counted = f"increase({metric}[10m])"
+    everything = f'label_replace(sum({counted}), "reason", "all", "", "")'
+    return Query(f"sum by (reason) ({counted}) > 0 or {everything}", "{{reason}}")
+
+
 NAMED = " * on (job, instance) group_left (worker) ditherps_worker_info"
 """Gives a worker's own series the name that it has in the job."""
 
@@ -81,7 +88,7 @@ OVERVIEW = Board(
             "Now",
             (
                 stat("Round", "none", "The round that is open now. A round is one update of the model: every worker "
-                     "sends one contribution to it.", "ditherps_round"),
+                     "sends one contribution to it.", 'ditherps_round{job="ditherps-server"}'),
                 stat("Done", "percentunit", "Share of the job's rounds that have been closed.",
                      "ditherps_round / ditherps_job_rounds", decimals=1),
                 stat("Test accuracy", "percentunit", "Share of the test set that the last evaluated model got right.",
@@ -312,10 +319,10 @@ SERVICE = Board(
             (
                 line("Updates that were refused", "none", "In the last ten minutes, by reason. `late` is a worker that "
                      "was too slow for its round; others are in the server's log with the worker's name.",
-                     Query("sum by (reason) (increase(ditherps_rejected_updates_total[10m]))", "{{reason}}")),
+                     by_reason("ditherps_rejected_updates_total")),
                 line("Calls that were refused", "none", "In the last ten minutes, by reason: strangers, wrong names, "
                      "sessions that are over.",
-                     Query("sum by (reason) (increase(ditherps_refused_rpcs_total[10m]))", "{{reason}}")),
+                     by_reason("ditherps_refused_rpcs_total")),
                 line("Rounds by result", "cpm", "Rounds a minute that were applied, and that were abandoned for want "
                      "of a quorum.", Query(f"60 * sum by (result) (rate(ditherps_rounds_total{RATE}))", "{{result}}")),
             ),

@@ -81,8 +81,7 @@ async def serve(
     with claimed(config.run_dir):
         if config.resume and (result := finished(config.run_dir, job)) is not None:
             log.info("the job in %s is over: nothing to go on with", config.run_dir)
-            if job.mode == "data" and not config.keep_cache:
-                wipe(config.run_dir, config.cache_dir)  # where the server was cut off before it did so itself
+            wipe(config.run_dir, kept=config.keep_cache)  # a server that was killed at its end could not
             return result
         return await serve_in(job, config, task, on_round, on_started)
 
@@ -251,7 +250,7 @@ def _sampled(job: JobConfig, config: ServerConfig, task: Task, model: ServerMode
     device = pick_device(config.device)
     rows = None
     if config.cache_dir is not None:
-        rows = FileRows.at(config.cache_dir, SampleCache.row_bytes(features_of(task)))
+        rows = FileRows(config.cache_dir, SampleCache.row_bytes(features_of(task)))
     cache = SampleCache(features_of(task), job.data.cache_bytes, rows)
     return SampledUpdates(job, task, model, codec, cache, device)
 
@@ -287,7 +286,8 @@ def rpcs_at_once(limits: LimitsConfig, workers: int) -> int:
 
 
 def _check_staging(job: JobConfig, codec: Codec, rules: Rules, updater: Updater) -> None:
-    largest = max(updater.largest_update_bytes(role) for role in codec.roles) + updater.buffer_bytes
+    largest = max(updater.largest_update_bytes(role) for role in codec.roles)
+    largest += updater.buffer_bytes + updater.aside_bytes
     invited = rules.invited(job.workers)
     if invited * largest > job.staging_bytes:
         raise OptionError(

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
@@ -23,18 +25,17 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from ditherps.errors import OptionError, PayloadError, UserError
-from ditherps.files import replacing
+from ditherps.files import make, replacing
 from ditherps.samples.codec import NOTHING, Batch, SampleCodec
 from ditherps.samples.importance import Selection
 from ditherps.samples.need import Need, distinct
 from ditherps.sampling import Ids
 from ditherps.tasks import Features
+from ditherps_server.tensorfile import Stored, front
 
-ROWS_FILE: Final = "samples.rows"
-ENTRY_BYTES: Final = 256
+ENTRY_BYTES: Final = 352
 """What an entry counts for besides its indices: about what its place in the cache takes."""
 
 
@@ -85,22 +86,19 @@ class MemoryRows:
 
 
 class FileRows:
-    """Rows of equal size in a file, which only the owner can read and which nobody reads after a restart."""
+    """Rows of equal size in a file without a name: nobody else can open it, and it goes with this process."""
 
-    def __init__(self, path: Path, row_bytes: int) -> None:
+    def __init__(self, folder: Path, row_bytes: int) -> None:
+        """Below a folder, which is made; raises `UserError` where it cannot be."""
+        make(folder)
         self._row_bytes = row_bytes
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        self._unused: list[int] = []
-        self._end = 0
-
-    @classmethod
-    def at(cls, folder: Path, row_bytes: int) -> FileRows:
-        """In a file of this folder; raises `UserError` where it cannot be made."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            return cls(folder / ROWS_FILE, row_bytes)
+            self._kept = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror}: choose another --cache-dir") from None
+        self._file = self._kept.fileno()
+        self._unused: list[int] = []
+        self._end = 0
 
     def put(self, row: bytes) -> int:
         """Keep a row; its place. Raises OSError where the disk is full."""
@@ -129,8 +127,8 @@ class FileRows:
         self._unused, self._end = [], 0
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._file)
+        """Close the file, which is then gone."""
+        self._kept.close()
 
 
 class Entry(NamedTuple):
@@ -282,17 +280,26 @@ class SampleCache:
         """Write all entries, in the order of their use; raises `OSError` as `ditherps.files.replacing`."""
         keys = np.array(list(self._entries), np.int64).reshape(-1, 2)
         facts = np.array([entry[:2] for entry in self._entries.values()], np.int64).reshape(-1, 2)
-        rows = np.empty((len(keys), self.row_bytes(self._features)), np.uint8)
-        for row, entry in zip(rows, self._entries.values(), strict=True):
-            row[:] = np.frombuffer(self._rows.get(entry.place), np.uint8)
         versions = json.dumps({str(worker): version.hex() for worker, version in sorted(self._versions.items())})
-        # The same rows mean other values where a task says another range of its features.
-        metadata = {
-            "versions": versions, "features": repr(self._features), "digest": _digest(versions, keys, facts, rows),
-        }  # fmt: skip
-        tensors = {"keys": keys, "facts": facts, "rows": rows}
+        form = (len(keys), self.row_bytes(self._features))
+        digest = _Digest(self._features, versions, keys, facts, form)
+        for row in self._in_order():
+            digest.add(row)
+        metadata = {"versions": versions, "digest": digest.text}
+        tensors = [
+            Stored("keys", "I64", keys.shape, keys.nbytes),
+            Stored("facts", "I64", facts.shape, facts.nbytes),
+            Stored("rows", "U8", form, form[0] * form[1]),
+        ]
         with replacing(path) as file:
-            file.write(save({name: torch.from_numpy(array) for name, array in tensors.items()}, metadata))
+            file.write(front(metadata, tensors))
+            for part in (keys, facts):
+                file.write(part.astype("<i8").tobytes())
+            file.writelines(self._in_order())
+
+    def _in_order(self) -> Iterator[bytes]:
+        """The rows, the least recently used first."""
+        return (self._rows.get(entry.place) for entry in self._entries.values())
 
     def load(self, path: Path) -> None:
         """Become what was saved, or as much of it as fits into the budget.
@@ -309,11 +316,10 @@ class SampleCache:
             versions = {int(worker): bytes.fromhex(version) for worker, version in json.loads(text).items()}
         except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
             raise PayloadError(f"the sample cache {path.name} cannot be read: {error}") from None
-        if metadata.get("digest") != _digest(text, keys, facts, rows):
-            raise PayloadError(f"the sample cache {path.name} is damaged")
-        of_these = metadata.get("features") == repr(self._features)
-        if not of_these or rows.shape[1:] != (self.row_bytes(self._features),) or rows.dtype != np.uint8:
-            raise PayloadError(f"the sample cache {path.name} holds samples with other features")
+        digest = _Digest(self._features, text, keys, facts, (len(rows), rows.shape[-1]))
+        digest.add(np.ascontiguousarray(rows).data)
+        if metadata.get("digest") != digest.text or rows.shape != (len(keys), self.row_bytes(self._features)):
+            raise PayloadError(f"the sample cache {path.name} is damaged, or holds samples with other features")
         self._versions = versions
         first = max(len(keys) - self._budget_bytes // self.entry_bytes, 0)
         for (worker, id_), (level, label), row in zip(
@@ -330,9 +336,23 @@ def _dtype(features: Features) -> np.dtype[np.uint8] | np.dtype[np.uint16]:
     return np.dtype(np.uint8) if features.span <= 256 else np.dtype(np.uint16)
 
 
-def _digest(text: str, *arrays: NDArray[np.generic]) -> str:
-    state = xxhash.xxh3_128(text.encode())
-    for array in arrays:
-        state.update(f"{array.dtype} {array.shape}".encode())
-        state.update(np.ascontiguousarray(array).data)
-    return state.hexdigest()
+class _Digest:
+    """Of what is saved: what the features are, versions, keys and facts of all entries, then their rows."""
+
+    def __init__(
+        self, features: Features, versions: str, keys: NDArray[np.int64], facts: NDArray[np.int64],
+        form: tuple[int, int],
+    ) -> None:  # fmt: skip
+        self._state = xxhash.xxh3_128(f"{features!r} {versions} {form}".encode())
+        for array in (keys, facts):
+            self._state.update(f"{array.dtype} {array.shape}".encode())
+            self._state.update(np.ascontiguousarray(array).data)
+
+    def add(self, rows: bytes | memoryview) -> None:
+        """The next rows."""
+        self._state.update(rows)
+
+    @property
+    def text(self) -> str:
+        """As it stands in the file."""
+        return self._state.hexdigest()

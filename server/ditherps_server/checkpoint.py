@@ -34,6 +34,7 @@ from ditherps.config import JobConfig, option_error
 from ditherps.errors import UserError
 from ditherps.files import replacing
 from ditherps.wire import digest_of
+from ditherps_server.tensorfile import Stored, front
 
 FORMAT = 2
 LARGEST_HEADER_BYTES = 64 << 20
@@ -280,17 +281,14 @@ def _in_file(tensors: Mapping[str, Tensor]) -> list[str]:
 def _header(values: str, tensors: Mapping[str, Tensor]) -> bytes:
     """All of the file that stands before the tensors."""
     metadata = {"format": str(FORMAT), "values": values, "digest": _digest(values, tensors)}
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name in _in_file(tensors):
-        tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    stored = [
+        Stored(name, _DTYPES[tensor.dtype], tensor.shape, tensor.numel() * tensor.element_size())
+        for name, tensor in ((name, tensors[name]) for name in _in_file(tensors))
+    ]
+    text = front(metadata, stored)
     if len(text) > LARGEST_HEADER_BYTES:
         raise ValueError(f"{len(text)} bytes of values; at most {LARGEST_HEADER_BYTES} can be saved")
-    return len(text).to_bytes(8, "little") + text
+    return text
 
 
 def _digest(values: str, tensors: Mapping[str, Tensor]) -> str:

@@ -91,7 +91,6 @@ def server(
 
 def wipe(
     run_dir: Annotated[Path, typer.Argument(help="Run folder of a server that does not run.")],
-    cache_dir: options.CacheDir = None,
 ) -> None:
     """Remove the workers' samples that a server has kept (mode data); the run can still be resumed."""
     from ditherps.errors import UserError
@@ -101,4 +100,4 @@ def wipe(
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is not a folder")
     with claimed(run_dir):
-        print(f"{wipe_samples(run_dir, cache_dir)} files removed")
+        print(f"{wipe_samples(run_dir)} files removed")

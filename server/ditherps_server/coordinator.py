@@ -95,6 +95,10 @@ class Coordinator:
             self._staging.restore(contribution)
         self._joining: Counter[int] = Counter()
         """Members whose leases are being written."""
+        self._preparing: dict[int, float] = {}
+        """Mode `data`: when those who have joined, but not said which samples they have, gave a sign of life."""
+        self._said: dict[int, int] = {}
+        """Of which session a member's samples are."""
         self._watchers = Watchers()
         self._repeated = Repeated()
         self._closings: set[asyncio.Task[None]] = set()
@@ -117,7 +121,7 @@ class Coordinator:
 
         Returns when its lease lasts.
         """
-        occupied = frozenset(self._state.present).union(self._joining)
+        occupied = frozenset(self._state.present).union(self._joining, self._getting_ready())
         session = self.members.join(name, lease_key, occupied=occupied, samples=samples)
         known = self.members.names[session.index]
         log.info("joined worker=%s index=%d session=%d", known, session.index, session.number)
@@ -127,22 +131,37 @@ class Coordinator:
             await self._durable(self._redo.append(Leased(index=session.index, key=lease_key), kept=False))
         finally:
             self._joining -= Counter([session.index])
-        if self._sampled is None:  # else it is here once it has said which samples it has
+        if self._sampled is None:
             self._handle(rounds.Joined(session.index, known))
+        else:  # it is here once it has said which samples it has
+            self._preparing[session.index] = self._clock()
         return session
+
+    def _getting_ready(self) -> set[int]:
+        """Members that have joined, and are not here yet."""
+        since = self._clock() - self.job.idle_timeout_seconds
+        return {index for index, seen in self._preparing.items() if seen > since}
 
     async def has_samples(self, fence: types_pb2.Fence, stated: bytes) -> None:
         """In mode `data`: a worker says which samples it has, and is ready; raises `PayloadError`, `RefusedError`."""
         if self._sampled is None:
             raise RefusedError(Reason.TASK_MISMATCH, f"a job in mode {self.job.mode} takes no samples")
-        while self._closings:  # what enters the cache must not change on its way
-            await asyncio.wait(self._closings)
-        index = self.members.check(fence).index
-        if self._finished.done():
-            return  # the last checkpoint may be on its way
-        if self._sampled.state(index, stated):
+        session = self.members.check(fence)
+        index = session.index
+        if not self._sampled.knows(index, stated):
+            if self._said.get(index) == session.number:
+                raise RefusedError(Reason.JOIN_RATE, "this worker has said that it has other samples: join again")
+            shard = await asyncio.to_thread(self._sampled.read, index, stated, self._state.round)
+            while self._closings:  # what enters the cache must not change on its way
+                await asyncio.wait(self._closings)
+            self.members.check(fence)
+            if self._finished.done():
+                return  # the last checkpoint may be on its way
+            self._said[index] = session.number
+            self._sampled.admit(index, shard)
             self._staging.unsettle(index)  # replay finds it behind what this worker has said
             self._redo.append(Sharded(index=index, stated=stated))
+        self._preparing.pop(index, None)
         self._handle(rounds.Joined(index, self.members.names[index]))
 
     async def _durable(self, written: asyncio.Future[None]) -> None:
@@ -157,7 +176,9 @@ class Coordinator:
         """The index of the worker that a message comes from; raises `RefusedError` if it has no session."""
         index = self.members.check(fence).index
         member = self._state.members.get(index)
-        if member is None:  # it joined after the end
+        if index in self._preparing:
+            self._preparing[index] = self._clock()
+        if member is None:  # it joined after the end, or is not ready
             return index
         if not member.present and member.why_absent is Reason.SILENT:
             self._handle(rounds.Joined(index, member.name))  # silent, and here again
@@ -170,6 +191,7 @@ class Coordinator:
 
     def leave(self, index: int, reason: Reason) -> None:
         """A worker goes."""
+        self._preparing.pop(index, None)
         if index in self._state.present:
             log.info("left worker=%s reason=%s", self.members.names[index], reason)
             self._handle(rounds.Left(index, reason))

@@ -95,13 +95,17 @@ def replay(
     """
     restored = Restored(model.version, dict(origin.leases), dict(origin.entered))
     staged: dict[int, Contribution] = {}
+    shards: dict[int, bytes] = {}
+    """What workers have said last; the checkpoint's cache is of then, or of later than what comes first here."""
     for logged in _read(path, origin.job_id, must_be_whole):
         restored.log_bytes = logged.end
         match logged.record:
             case Leased(index=index, key=key):
                 restored.leases[index] = key
             case Sharded(index=index, stated=stated):
-                updater.has_samples(index, stated)
+                shards[index] = stated
+            case _ if restored.incomplete:
+                pass
             case Opened() as opened:
                 restored.opened, restored.abandoned = opened, False
                 staged.clear()
@@ -110,10 +114,12 @@ def replay(
                 contribution = Contribution.restored(announcement, logged.content)
                 try:
                     if announcement.round >= model.version:  # else the checkpoint holds it
+                        _take_shards(updater, shards)
                         updater.recover(contribution)
                 except PayloadError as error:
                     _give_up(restored, error, log_path=path)
-                    break
+                    staged.clear()
+                    continue
                 staged[announcement.index] = contribution
                 accounts.restore(contributed.accounts, now)
             case Abandoned() as abandoned:
@@ -123,6 +129,7 @@ def replay(
             case Closed() as closed:
                 _close(path, restored, closed, staged, model, updater, accounts, now)
                 staged.clear()
+    _take_shards(updater, shards)
     if restored.opened is not None and restored.opened.base_version < model.version:
         restored.forget_plan()  # of before the checkpoint
     if restored.is_open:
@@ -132,6 +139,12 @@ def replay(
         found = (len(restored.records), model.version, len(restored.staged))
         log.info("replayed rounds=%d version=%d staged=%d", *found)
     return restored
+
+
+def _take_shards(updater: Updater, shards: dict[int, bytes]) -> None:
+    for index, stated in shards.items():
+        updater.has_samples(index, stated)
+    shards.clear()
 
 
 def _give_up(restored: Restored, error: PayloadError, log_path: Path) -> None:

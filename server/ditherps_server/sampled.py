@@ -20,10 +20,11 @@ from ditherps.codecs import Codec, DecodeReport, Encoded, Role
 from ditherps.codecs import codec as make_codec
 from ditherps.config import AggregationConfig, JobConfig
 from ditherps.errors import PayloadError, Reason
+from ditherps.kernels.cpu import accumulate_float32
 from ditherps.samples.agreement import Agreement, agreement
 from ditherps.samples.codec import NOTHING, SampleCodec
 from ditherps.samples.contents import Contents, Parts
-from ditherps.samples.mode import sample_codec
+from ditherps.samples.mode import features_of, sample_codec
 from ditherps.samples.need import Need, distinct
 from ditherps.samples.shard import read
 from ditherps.sampling import Ids, Walk, augmentation_keys
@@ -38,10 +39,11 @@ from ditherps_server.updates import SampleReport, Sum, address_of
 log = logging.getLogger(__name__)
 
 
-class _Shard(NamedTuple):
-    """Which samples a worker has."""
+class Shard(NamedTuple):
+    """Which samples a worker has: as it said so, their version, its walk through them, their codec."""
 
     stated: bytes
+    version: bytes
     walk: Walk
     codec: SampleCodec
 
@@ -64,23 +66,26 @@ class SampledUpdates:
         self._refinement = self._contents.refinement
         self._plain = make_codec("none")
         self._trainer = Trainer(task, job.model or None, job.seed, device)
-        self._shards: dict[int, _Shard] = {}
+        self._shards: dict[int, Shard] = {}
 
     # Who has what.
 
-    def state(self, index: int, stated: bytes) -> bool:
-        """Worker `index` says which samples it has; what is held of others is forgotten. Whether this is news.
-
-        Only while nothing is being applied. Raises `PayloadError` for what is no shard of the task.
-        """
-        known = self._shards.get(index)
-        if known is not None and known.stated == stated:
-            return False
+    def read(self, index: int, stated: bytes, round_: int) -> Shard:
+        """What worker `index` says of its samples, ready for a round. Takes long; raises `PayloadError`."""
         version, ids = read(stated, self._task.training_samples)
         walk = Walk(ids, self._job.seed, index)
-        self._shards[index] = _Shard(stated, walk, sample_codec(self._job, self._task, index))
-        self.cache.admit(index, version)
-        return True
+        walk.take(round_ * self._job.batch_size, self._job.batch_size)  # it keeps the order of the epoch
+        return Shard(stated, version, walk, sample_codec(self._job, self._task, index))
+
+    def knows(self, index: int, stated: bytes) -> bool:
+        """Whether worker `index` has said so before."""
+        known = self._shards.get(index)
+        return known is not None and known.stated == stated
+
+    def admit(self, index: int, shard: Shard) -> None:
+        """Worker `index` has these samples; what is held of others is forgotten. Only between rounds."""
+        self._shards[index] = shard
+        self.cache.admit(index, shard.version)
 
     @property
     def stated(self) -> dict[int, bytes]:
@@ -97,7 +102,7 @@ class SampledUpdates:
         """Ids and epochs of a worker's samples of a round."""
         return self._of(index).walk.take(round_ * self._job.batch_size, self._job.batch_size)
 
-    def _of(self, index: int) -> _Shard:
+    def _of(self, index: int) -> Shard:
         if (shard := self._shards.get(index)) is None:
             raise PayloadError("this worker has not said which samples it has", Reason.CONTEXT_MISMATCH)
         return shard
@@ -107,6 +112,11 @@ class SampledUpdates:
     def largest_bytes(self, role: Role) -> int:
         """Most bytes that an update can take."""
         return self._contents.largest_bytes
+
+    @property
+    def aside_bytes(self) -> int:
+        """Its samples, decoded, as one changes them into the other."""
+        return 2 * features_of(self._task).count * 2 * self._job.batch_size
 
     def check_sizes(self, announcement: Announcement) -> None:
         """Raises `PayloadError` unless an update can have these sizes."""
@@ -142,6 +152,11 @@ class SampledUpdates:
             raise PayloadError("the probe holds NaN or infinity", Reason.NON_FINITE)
         if self._refinement is not None:
             self._refinement.validate(Encoded.from_bytes(parts.of(update).refinement), self._coordinates)
+
+    def has_samples(self, index: int, stated: bytes) -> None:
+        """A worker had said which samples it has."""
+        if not self.knows(index, stated):
+            self.admit(index, self.read(index, stated, 0))
 
     def recover(self, contribution: Contribution) -> None:
         """Take it as it was taken when it came; raises `PayloadError` where the cache is not what it was."""
@@ -232,7 +247,7 @@ class SampledUpdates:
         into.zero_()
         for weight, (contribution, computed) in zip(weights, self._computed(contributions), strict=True):
             if means:
-                into.add_(computed.gradient, alpha=weight / total)
+                accumulate_float32(computed.gradient.numpy(), into.numpy(), np.float32(weight / total))
                 self._refine(contribution, into, weight / total)
             else:
                 senders.append(self._sender(contribution, computed))
@@ -252,6 +267,9 @@ class SampledUpdates:
         except OSError as error:
             log.error("the sample cache cannot be written, and is emptied: %s", error.strerror)
             self.cache.wipe()
+        after = contributions[0].announcement.round + 1
+        for index in self._shards:
+            self._batch(index, after)  # the order of a new epoch is found here, not where everybody waits for it
         held = np.concatenate([_taken(contribution).change.need.held for contribution in contributions])
         new, whole = int((held == NOTHING).sum()), int((held == self._job.data.level).sum())
         return SampleReport(

@@ -7,25 +7,23 @@ from pathlib import Path
 from typing import Final
 
 from ditherps.config import JobConfig, ServerConfig
-from ditherps.errors import PayloadError
+from ditherps.errors import PayloadError, UserError
 from ditherps.files import sync_folder
-from ditherps_server.cache import ROWS_FILE, SampleCache
+from ditherps_server.cache import SampleCache
 
 log = logging.getLogger(__name__)
 
-_FILES: Final = "samples-*.safetensors*"
+_OF_VERSIONS: Final = "samples-[0-9]*.safetensors*"
+_KEPT: Final = "samples-of-seed-*.safetensors*"
+_LOGS: Final = ("redo.bin", "redo.old.bin")
+"""They hold what workers sent since a checkpoint."""
 
 
 class SampleFiles:
     """Saves and loads the cache of a job."""
 
     def __init__(self, config: ServerConfig, job: JobConfig, cache: SampleCache) -> None:
-        self._folder, self._cache_dir, self._keep, self._cache = (
-            config.run_dir,
-            config.cache_dir,
-            config.keep_cache,
-            cache,
-        )
+        self._folder, self._keep, self._cache = config.run_dir, config.keep_cache, cache
         self._kept = self._folder / f"samples-of-seed-{job.seed}.safetensors"
 
     def _at(self, version: int) -> Path:
@@ -43,7 +41,8 @@ class SampleFiles:
             return False
         try:
             self._cache.load(path)
-        except PayloadError as error:
+        except (PayloadError, OSError) as error:
+            self._cache.wipe()
             log.warning("%s: samples are sent again", error)
             return False
         log.info("holds %d samples", len(self._cache))
@@ -55,43 +54,37 @@ class SampleFiles:
 
     def forget(self, *, but: int) -> None:
         """Remove what belongs to other checkpoints."""
-        for path in self._folder.glob(_FILES):
-            if path not in (self._at(but), self._kept):
+        for path in self._folder.glob(_OF_VERSIONS):
+            if path != self._at(but):
                 path.unlink(missing_ok=True)
 
     def end(self) -> None:
         """The job is over: nothing is left, or what the next job may begin with."""
-        if self._keep:
-            self._cache.save(self._kept)
-        else:
-            wipe(self._folder)
-        for path in self._folder.glob(_FILES):
-            if path != self._kept:
-                path.unlink(missing_ok=True)
-        wipe_rows(self._cache_dir)
+        kept = self._keep
+        if kept:
+            try:
+                self._cache.save(self._kept)
+            except OSError as error:
+                log.error("samples are not kept: %s", error.strerror)
+                kept = False
+        wipe(self._folder, kept=kept)
 
 
-def wipe_rows(cache_dir: Path | None) -> int:
-    """Remove the samples that a server has kept in its `--cache-dir`; how many files that were."""
-    return _remove([cache_dir / ROWS_FILE] if cache_dir is not None else [])
-
-
-def wipe(run_dir: Path, cache_dir: Path | None = None) -> int:
+def wipe(run_dir: Path, *, kept: bool = False) -> int:
     """Remove all samples of a run folder that no server uses; how many files that were.
 
-    The redo log goes too: it holds what workers sent since the checkpoint. A server that resumes has it sent again.
+    The redo logs go too where samples are found, for then they hold some: a server that resumes has those sent again.
+    With `kept`, what an earlier job left for the next one stays. Raises `UserError` where that is not possible.
     """
-    found = [*run_dir.glob(_FILES), run_dir / "redo.bin", run_dir / "redo.old.bin"]
-    removed = _remove(found) + wipe_rows(cache_dir)
-    if removed and run_dir.exists():
-        sync_folder(run_dir)
-    return removed
-
-
-def _remove(paths: list[Path]) -> int:
-    removed = 0
-    for path in paths:
-        if path.exists():
-            path.unlink()
-            removed += 1
-    return removed
+    of_versions, of_jobs = list(run_dir.glob(_OF_VERSIONS)), list(run_dir.glob(_KEPT))
+    found = [*of_versions, *([] if kept else of_jobs)]
+    if of_versions:
+        found += [run_dir / name for name in _LOGS if (run_dir / name).exists()]
+    try:
+        for path in found:
+            path.unlink(missing_ok=True)
+        if found:
+            sync_folder(run_dir)
+    except OSError as error:
+        raise UserError(f"samples in {run_dir} cannot be removed: {error.strerror}") from None
+    return len(found)

@@ -15,7 +15,7 @@ from ditherps_server import checkpoint
 from ditherps_server.checkpoint import Checkpoint, Entered
 from ditherps_server.model import ServerModel
 from ditherps_server.optimizer import ServerOptimizer
-from ditherps_server.samplefiles import SampleFiles
+from ditherps_server.samplefiles import SampleFiles, wipe
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class Saver:
 
     def set_aside(self) -> None:
         """A new job begins: a later `--resume` must not take what is left of an earlier run for this one's."""
+        wipe(self._path.parent, kept=self._samples is None)  # else they have been loaded
         if self._path.exists():
             self._path.replace(self._path.with_name(OLD_CHECKPOINT_FILE))
             redo = self._path.with_name(REDO_FILE)

@@ -59,6 +59,11 @@ class Updater:
         return self._updates.largest_bytes(role)
 
     @property
+    def aside_bytes(self) -> int:
+        """What a contribution takes in memory beside its content."""
+        return self._updates.aside_bytes
+
+    @property
     def buffer_bytes(self) -> int:
         """Bytes of the buffers of each contribution."""
         return self._updates.buffer_bytes
@@ -80,7 +85,7 @@ class Updater:
 
     def has_samples(self, index: int, stated: bytes) -> None:
         """A worker has said which samples it has, before what comes next; raises `PayloadError`."""
-        self._updates.state(index, stated)
+        self._updates.has_samples(index, stated)
 
     def recover(self, contribution: Contribution) -> None:
         """Take what belongs to a contribution that had been validated before; raises `PayloadError` if it is lost."""

@@ -110,8 +110,13 @@ class Updates(Protocol):
         """The round is applied."""
         ...
 
-    def state(self, index: int, stated: bytes) -> bool:
-        """A worker says which samples it has; whether this is news. Raises `PayloadError`."""
+    def has_samples(self, index: int, stated: bytes) -> None:
+        """A worker had said which samples it has; raises `PayloadError`."""
+        ...
+
+    @property
+    def aside_bytes(self) -> int:
+        """What a contribution takes in memory beside its content."""
         ...
 
 
@@ -181,9 +186,14 @@ class EncodedUpdates:
     def entered(self, contributions: Sequence[Contribution]) -> None:
         """Nothing is kept of them."""
 
-    def state(self, index: int, stated: bytes) -> bool:
+    def has_samples(self, index: int, stated: bytes) -> None:
         """Raises `PayloadError`: no samples are asked for."""
         raise PayloadError("which samples a worker has is asked for in mode data only")
+
+    @property
+    def aside_bytes(self) -> int:
+        """Nothing."""
+        return 0
 
 
 def address_of(seed: int, announcement: Announcement) -> Address:

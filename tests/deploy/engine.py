@@ -55,8 +55,7 @@ def why_not() -> str:
     if os.geteuid() != 0:
         return "containers need root here"
     for program, package in (
-        ("dockerd", "docker.io"), ("iptables", "iptables"), ("debootstrap", "debootstrap"),
-        ("prometheus", "prometheus"),
+        ("dockerd", "docker.io"), ("debootstrap", "debootstrap"), ("prometheus", "prometheus"),
     ):  # fmt: skip
         if shutil.which(program) is None:
             return f"{program} is not installed (Debian's package {package})"
@@ -75,7 +74,9 @@ class Engine:
         self._process = subprocess.Popen(
             [
                 "dockerd", "--data-root", str(folder / "data"), "--exec-root", str(folder / "exec"),
-                "--pidfile", str(folder / "pid"), "-H", self.host, "--bridge", "none",
+                "--pidfile", str(folder / "pid"), "-H", self.host,
+                # This machine's network stays as it is: containers of one network need no more than their bridge.
+                "--bridge", "none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false",
             ],
             stdout=self._log, stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -113,7 +114,11 @@ class Engine:
         return found
 
     def close(self) -> None:
-        """End it, and whatever runs in it."""
+        """End it, and whatever runs in it: also what a test that failed has left, whose bridges would outlive it."""
+        if self._process.poll() is None:
+            if containers := self.docker("ps", "--all", "--quiet", check=False).stdout.split():
+                self.docker("rm", "--force", *containers, check=False)
+            self.docker("network", "prune", "--force", check=False)
         self._process.terminate()
         try:
             self._process.wait(60)
@@ -121,18 +126,22 @@ class Engine:
             self._process.kill()
             self._process.wait()
         self._log.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove(self._folder)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder with the tens of thousands of files of an image: `shutil` takes minutes for them."""
+    subprocess.run(["rm", "-rf", folder], check=False)
 
 
 def make_base(engine: Engine, folder: Path) -> None:
     """A small Debian with Python, as the image BASE, and with Prometheus, as the image PROMETHEUS."""
     root = folder / "base"
-    include = "--include=python3,python3-venv,ca-certificates"
-    engine.run(["debootstrap", "--variant=minbase", include, "bookworm", str(root)])
+    engine.run(["debootstrap", "--variant=minbase", "--include=python3,python3-venv", "bookworm", str(root)])
     for leftover in (root / "var/cache/apt/archives").glob("*.deb"):
         leftover.unlink()
     engine.run(["sh", "-c", f"tar -C {root} -c . | {docker_client()} import - {BASE}"])
-    shutil.rmtree(root)
+    remove(root)
     context = folder / "prometheus-image"
     context.mkdir()
     for program in ("prometheus", "promtool"):
@@ -145,13 +154,17 @@ def make_base(engine: Engine, folder: Path) -> None:
 
 
 @contextmanager
-def wheels() -> Iterator[list[str]]:
-    """Build arguments for torch's CPU build: from this machine's disk, where it lies there, through a local server."""
+def wheels() -> Iterator[tuple[list[str], str]]:
+    """Torch's CPU build from this machine's disk, where it lies there, through a local server.
+
+    The build arguments, and a line for pip's configuration, which may be another each time without any step being made
+    anew.
+    """
     found = [
         path for folder in os.environ.get("PIP_FIND_LINKS", "").split() for path in Path(folder).glob("torch-*+cpu-*")
     ]
     if not found:
-        yield []
+        yield [], ""
         return
     version = found[0].name.split("-")[1].partition("+")[0]
     _, minor, _ = version.split(".")
@@ -160,11 +173,10 @@ def wheels() -> Iterator[list[str]]:
     handler = functools.partial(_Quiet, directory=str(found[0].parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        links = f"--find-links http://127.0.0.1:{server.server_port}/"
-        yield [
-            "--build-arg", f"TORCH=torch=={version} {torchvision}", "--build-arg", "TORCH_INDEX=",
-            "--build-arg", f"PIP_ARGS={links}",
-        ]  # fmt: skip
+        yield (
+            ["--build-arg", f"TORCH=torch=={version} {torchvision}", "--build-arg", "TORCH_INDEX="],
+            f"find-links = http://127.0.0.1:{server.server_port}/\n",
+        )
         server.shutdown()
 
 
@@ -175,12 +187,13 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 def build_images(engine: Engine, folder: Path, repository: Path) -> None:
     """Both images, tagged TAG, through this machine's way to its packages."""
-    secrets: list[str] = []
     bundle = os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
-    if bundle:
-        (folder / "pip.conf").write_text("[global]\ncert = /run/secrets/ca_bundle\n")
-        secrets = ["--secret", f"id=pip_conf,src={folder / 'pip.conf'}", "--secret", f"id=ca_bundle,src={bundle}"]
-    with wheels() as torch:
+    with wheels() as (torch, find_links):
+        secrets = ["--secret", f"id=pip_conf,src={folder / 'pip.conf'}"]
+        if bundle:
+            secrets += ["--secret", f"id=ca_bundle,src={bundle}"]
+        cert = "cert = /run/secrets/ca_bundle\n" if bundle else ""
+        (folder / "pip.conf").write_text(f"[global]\n{cert}{find_links}")
         for target in ("server", "worker"):
             engine.docker(
                 "build", "--network", "host", "-f", repository / "deploy/Dockerfile", "--target", target,

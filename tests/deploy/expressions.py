@@ -28,6 +28,13 @@ def of_panels() -> dict[str, str]:
     }
 
 
+def numbers() -> dict[str, str]:
+    """Those of panels that show one number."""
+    stats = {panel["title"] for path in DASHBOARDS for panel in panels_of(json.loads(path.read_text()))
+             if panel["type"] == "stat"}  # fmt: skip
+    return {name: expression for name, expression in of_panels().items() if name.split(": ")[1] in stats}
+
+
 def rules() -> list[dict[str, Any]]:
     """All rules."""
     return [

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ditherps.config import JobConfig, read_job_file, validated
+from ditherps.job import resolve_job
 from tests.deploy.engine import compose_command
 from tests.deploy.metrics_table import DEPLOY
 from tests.service.harness import run
@@ -85,8 +85,7 @@ def test_base_and_tag_are_the_same_everywhere() -> None:
 
 @pytest.mark.parametrize("path", [DEPLOY / "job.toml", KUBERNETES / "job.toml"], ids=["compose", "kubernetes"])
 def test_the_job_files_are_jobs(path: Path) -> None:
-    values = read_job_file(path)
-    job = validated(JobConfig, values)
+    job = resolve_job({}, path).config
     assert job.member_table == tuple(f"pool/{index}" for index in range(job.workers))
     if path.parent == KUBERNETES:
         (workers,) = (one for one in manifests() if one["kind"] == "Job")

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from tests import authorities
-from tests.deploy.expressions import RULES, compared, of_panels, of_rules, rules
+from tests.deploy.expressions import RULES, compared, numbers, of_panels, of_rules, rules
 from tests.deploy.metrics_table import DEPLOY, exported, server_metrics, worker_metrics
 from tests.service.harness import Cluster, wait_until
 
@@ -143,6 +143,8 @@ def test_every_expression_has_an_answer_and_every_metric_arrives(tmp_path: Path)
                 wait_until(lambda: not unanswered(), 120, "an answer to every expression")
             except AssertionError:
                 pytest.fail(f"no answer to {unanswered()}")
+            several = [name for name, expression in numbers().items() if len(found.query(expression)) != 1]
+            assert not several, "panels that show one number"
             assert not [alert for alert in found.get("alerts")["alerts"] if alert["labels"]["severity"] == "critical"]
             # What Prometheus holds of ours is what is documented.
             names = set(found.get("label/__name__/values"))

@@ -29,7 +29,7 @@ DATA = ("--task", "tests.tiny:Tiny", "--workers", 1, "--rounds", 2, "--mode", "d
 class Silent(Tiny):
     """A task that says nothing of its features."""
 
-    features = None
+    features = None  # type: ignore[assignment]
 
 
 class Ranges(Tiny):
@@ -127,15 +127,15 @@ class TestPlaintext:
         """Also where plaintext is allowed for all else."""
         for insecure in (False, True):
             with pytest.raises(RefusedError, match=r"in plaintext: say --certs") as error:
-                check_samples_may_leave(WorkerConfig(server=server, allow_data=True, insecure=insecure))
+                check_samples_may_leave(WorkerConfig(server=server, allow_data=True, insecure=insecure), None, 1)
             assert error.value.reason is Reason.DATA_NOT_ALLOWED
 
     @pytest.mark.parametrize("server", ["127.0.0.1:50051", "localhost:50051", "[::1]:50051"])
     def test_this_machine_is_another_matter(self, server: str) -> None:
-        check_samples_may_leave(WorkerConfig(server=server, allow_data=True))
+        check_samples_may_leave(WorkerConfig(server=server, allow_data=True), None, 1)
 
     def test_with_certificates(self, tmp_path: Path) -> None:
-        check_samples_may_leave(WorkerConfig(server="example.org:1", allow_data=True, certs=tmp_path))
+        check_samples_may_leave(WorkerConfig(server="example.org:1", allow_data=True, certs=tmp_path), None, 1)
 
     @asynchronous
     async def test_a_server_takes_none(self, tmp_path: Path) -> None:

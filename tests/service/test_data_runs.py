@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from ditherps_server.cache import ENTRY_BYTES
 from tests.faults.conftest import _deterministic as _deterministic
 from tests.faults.conftest import cluster as cluster
 from tests.faults.runs import Run
@@ -18,7 +19,7 @@ TWO_EPOCHS: dict[str, Any] = {
     "task": "digits", "mode": "data", "workers": 2, "batch_size": 103, "rounds": 14, "evaluate_every": 14,
 }  # fmt: skip
 TINY: dict[str, Any] = {"task": "tests.tiny:Tiny", "mode": "data", "workers": 2, "batch_size": 8, "rounds": 20}
-TINY_ENTRY_BYTES = 256 + 12
+TINY_ENTRY_BYTES = ENTRY_BYTES + 12
 
 
 def finished(run: Run, *order: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def worker(
     task: options.Task = None,
     device: options.Device = None,
     allow_data: options.AllowData = None,
+    max_data_level: options.MaxDataLevel = None,
     config: options.Config = None,
     data_dir: options.DataDir = None,
     state_dir: options.StateDir = None,
@@ -41,17 +42,23 @@ def worker(
     if tls13:
         only_tls13()
     from ditherps.config import WorkerConfig, merged, read_job_file, validated
+    from ditherps.errors import OptionError
     from ditherps.logs import log_to_stderr
 
     file = read_job_file(config) if config is not None else {}
     given: dict[str, Any] = {
         "server": server, "name": name, "task": task if task is not None else file.get("task"), "device": device,
         "allow_data": allow_data,
+        "max_data_level": max_data_level,
         "data_dir": data_dir, "state_dir": state_dir, "metrics_host": metrics_host, "metrics_port": metrics_port,
         "certs": certs, "token": token, "insecure": insecure, "log_format": log_format,
     }  # fmt: skip
     flags = {key: value for key, value in given.items() if value is not None}
-    settings = validated(WorkerConfig, merged(file.get("worker", {}), flags))
+    in_file = file.get("worker", {})
+    if "allow_data" in in_file:
+        # The file may be the server's too: whose samples they are says it here.
+        raise OptionError("worker.allow_data", in_file["allow_data"], "only on the command line: --allow-data")
+    settings = validated(WorkerConfig, merged(in_file, flags))
     log_to_stderr(verbose=verbose, form=settings.log_format)
 
     from ditherps_worker.app import run_worker, warm_for

@@ -74,8 +74,18 @@ def accepted(joined: pb.JoinResponse, limits: pb.WorkerLimits) -> JobConfig:
     return job
 
 
-def check_samples_may_leave(config: WorkerConfig) -> None:
-    """Raises `RefusedError` where samples would travel in plaintext to another machine, whatever else is allowed."""
+def check_samples_may_leave(config: WorkerConfig, sent_with: int | None, seed: int) -> None:
+    """Raises `RefusedError` where samples may not leave, whatever else is allowed.
+
+    In plaintext to another machine; and with another seed than they have been sent with: the dithers of many jobs would
+    tell more of them than any level does.
+    """
+    if sent_with not in (None, seed):
+        raise RefusedError(
+            Reason.DATA_NOT_ALLOWED,
+            f"the server has begun a job with another seed, {seed}, in which it would see the same samples again: "
+            "start this worker anew to let it",
+        )
     if config.certs is None and not is_loopback(config.server.rpartition(":")[0].strip("[]")):
         raise RefusedError(
             Reason.DATA_NOT_ALLOWED,

@@ -123,6 +123,8 @@ class Loop:
         self._sent: Encoded | None = None
         self._feedback: ErrorFeedback | None = None
         self._sampled: SampleSender | None = None
+        self._data_seed: int | None = None
+        """Of the job that this worker has sent samples to."""
         self._results: list[types_pb2.RoundResult] = []
         self._job_id = ""
         self._progressed = False
@@ -165,7 +167,8 @@ class Loop:
         try:
             job = accepted(joined, stated(self._config))
             if job.mode == "data":
-                check_samples_may_leave(self._config)
+                check_samples_may_leave(self._config, self._data_seed, job.seed)
+                self._data_seed = job.seed
         except (RefusedError, PayloadError) as error:
             await self._leave(error.reason)
             raise

@@ -15,7 +15,7 @@ from ditherps.dither import Address, Domain
 from ditherps.errors import NonFiniteError
 from ditherps.samples.contents import Contents
 from ditherps.samples.importance import Selection, probabilities, scores
-from ditherps.samples.mode import needs_model, sample_codec
+from ditherps.samples.mode import needs_model, sample_codec, warm_samples
 from ditherps.samples.need import Need, distinct
 from ditherps.samples.shard import stated
 from ditherps.sampling import Ids
@@ -56,6 +56,7 @@ class SampleSender:
         self._codec = sample_codec(job, computer.task, index)
         self._contents = Contents(job, computer.task, computer.model.layout.coordinates, refinement)
         self._refinement = refinement
+        warm_samples(self._codec)
         self.shard = stated(computer.samples, computer.shard)
         self.needs_model = needs_model(job.data)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
+
 from ditherps.codecs import Codec, Role, parse
 from ditherps.codecs import codec as make_codec
 from ditherps.config import DataConfig, JobConfig
 from ditherps.errors import OptionError
 from ditherps.samples.choice import Choice, Plan, choose, most_sample_bits, nominal_bits
-from ditherps.samples.codec import SampleCodec
+from ditherps.samples.codec import NOTHING, Batch, SampleCodec
 from ditherps.tasks import Features, Task
 
 MOST_NOMINAL = 1 << 20
@@ -41,6 +44,19 @@ def features_of(task: Task) -> Features:
     return task.features
 
 
+def warm_samples(codec: SampleCodec) -> None:
+    """Compile or load what samples need at either end, so that no round waits for it."""
+    features, level = codec.features, min(2, codec.deepest)
+    low = torch.tensor(features.low, dtype=torch.float64).reshape(-1, *[1] * (len(features.shape) - 1))
+    values = (torch.zeros(1, *features.shape, dtype=torch.float64) + low).float()
+    ids, labels, nothing = np.zeros(1, np.int64), torch.zeros(1, dtype=torch.int64), np.full(1, NOTHING)
+    payload = codec.encode(ids, values, labels, nothing, level)
+    batch = Batch(np.zeros(1, np.int64), np.zeros((1, features.count), np.uint16))
+    codec.decode(payload, ids, nothing, level, batch)
+    codec.coarser(ids, batch.indices, np.full(1, level), 0)
+    codec.values(ids, batch.indices, level)
+
+
 def check_mode(data: DataConfig, task: Task) -> None:
     """Raises `OptionError` where mode `data` cannot be: by the task, the level, or the codec of the refinement."""
     deepest = SampleCodec(features_of(task), task.classes, 0, 0).deepest
@@ -65,6 +81,8 @@ def chosen(job: JobConfig, task: Task, coordinates: int) -> Choice:
     features = task.features
     if features is None:
         return Choice("gradient", 0.0, 0.0, f"mode = gradient: task {task.name} does not declare its features")
+    if job.error_feedback:
+        return Choice("gradient", 0.0, 0.0, "mode = gradient: error_feedback = true is of no use with samples")
     check_mode(job.data, task)
     some = min(coordinates, MOST_NOMINAL)
     taken = job.batch_size * job.rounds

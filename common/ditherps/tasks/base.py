@@ -105,7 +105,8 @@ class Task(ABC):
         classes: number of classes, labels are 0 to classes - 1.
         models: its models by name; the first is the default.
         features: shape and range of its stored features, which mode `data` needs; None: there is no such mode for it.
-        training_samples: how many there are, by which `mode = auto` judges how often they come again; 0: not known.
+        training_samples: how many there are at most, 0: not known. In mode `data` no worker may have others, and
+            `mode = auto` judges by it how often they come again.
     """
 
     name: str

@@ -621,7 +621,7 @@ class ReportRequest(_message.Message):
     EVALUATION_FIELD_NUMBER: _builtins.int
     SHARD_FIELD_NUMBER: _builtins.int
     shard: _builtins.bytes
-    """Mode `data`: which samples the worker has (FORMAT.md, "Samples"). It is
+    """Mode `data`: which samples the worker has (FORMAT.md). It is
     present once it has said so, which it does after every Join.
     """
     @_builtins.property

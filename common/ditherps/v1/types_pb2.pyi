@@ -155,7 +155,7 @@ class RoundPlan(_message.Message):
     """
     need: _builtins.bytes
     """Mode `data`: what the server holds of this worker's samples of the round
-    (FORMAT.md, "Samples"); the worker sends what it lacks.
+    (FORMAT.md); the worker sends what it lacks.
     """
     @_builtins.property
     def context(self) -> Global___ContextId: ...
