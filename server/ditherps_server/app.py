@@ -233,6 +233,7 @@ _EXPLAINED = {
     Reason.JOIN_TIMEOUT: "too few workers were here for join_timeout_seconds",
     Reason.QUORUM: "rounds were abandoned for want of a quorum at their deadline",
     Reason.DISAGREEMENT: "workers compute other gradients than the server at the same samples (data.probe_limit)",
+    Reason.NON_FINITE: "the update of the contributions is not finite; a lower optimizer.lr may help",
     Reason.NORM: "too few contributions kept to the norm limit for a quorum",
     Reason.INTERRUPTED: "interrupted",
     Reason.DISK_FULL: "the redo log could not be written for a round's deadline: make room, and go on with --resume",
