@@ -15,6 +15,7 @@ from ditherps.config import JobConfig
 from ditherps.dither import Address, Domain
 from ditherps.downlink import downlink_codec
 from ditherps.feedback import ErrorFeedback
+from ditherps.kernels.cpu import accumulate_float32
 from ditherps.samples.importance import Selection, probabilities, scores
 from ditherps.samples.mode import sample_codec, update_codec
 from ditherps.sampling import Walk, augmentation_keys
@@ -160,7 +161,7 @@ class _Samples:
         if job.aggregation.name in ("mean", "weighted_mean"):
             into.zero_()
             for gradient, refinement, address, _ in parts.values():
-                into.add_(gradient, alpha=1 / len(parts))
+                accumulate_float32(gradient.numpy(), into.numpy(), np.float32(1 / len(parts)))  # never fused
                 if refinement is not None:
                     self._refinement.accumulate(refinement, address, into, 1 / len(parts), (0, len(into)))
             chosen = tuple(range(len(parts)))
