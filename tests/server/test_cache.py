@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,9 @@ class TestSaving:
         self.filled().save(tmp_path / "cache")
         with pytest.raises(PayloadError, match="other features"):
             SampleCache(WIDE, 1 << 20).load(tmp_path / "cache")
+        brighter = replace(FORM, high=tuple(2 * high for high in FORM.high))
+        with pytest.raises(PayloadError, match="other features"):
+            SampleCache(brighter, 1 << 20).load(tmp_path / "cache")
 
     def test_an_empty_one(self, tmp_path: Path) -> None:
         SampleCache(FORM, 100).save(tmp_path / "cache")

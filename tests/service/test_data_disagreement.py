@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ditherps.errors import ExitCode, Reason, RunFailedError
+from ditherps.errors import ExitCode, NonFiniteError, Reason, RunFailedError
 from tests.service.inprocess import serving
 from tests.service.simulation import simulated
 from tests.service.test_hostile import rejected
@@ -18,7 +18,7 @@ from tests.tiny import Tiny
 from tests.worker.conftest import _deterministic as _deterministic
 from tests.worker.test_loop import worker
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
 
 ROUNDS = 4
 
@@ -101,3 +101,21 @@ async def test_without_a_refinement_there_is_nothing_to_disagree_about(tmp_path:
         await together(served.address, Tiny(), Leaning(7.0), Tiny())
         assert (await served.running).model_sha256 == simulated(served.job, Tiny())
         assert await served.metric(rejected(Reason.DISAGREEMENT)) == 0
+
+
+@pytest.mark.parametrize("data", [{}, {"keep": 0.5}, {"refine": "dqsg"}], ids=str)
+async def test_a_job_that_diverges_ends(tmp_path: Path, data: dict[str, Any]) -> None:
+    """By the word of who computes: of workers that need no model, it is the server."""
+    optimizer = {"name": "sgd", "lr": 1e38, "momentum": 0.9}
+    changes = {"model": "linear", "rounds": 30, "optimizer": optimizer, "data": data}
+    limits = {"join_timeout_seconds": 3, "round_deadline_seconds": 3, "idle_timeout_seconds": 3}
+    async with serving(tmp_path, **options(**changes, **limits)) as served:
+        ends = asyncio.create_task(together(served.address, Tiny(), Tiny(), Tiny()))
+        with pytest.raises(RunFailedError) as error:
+            await served.running
+        if not data:
+            assert error.value.reason is Reason.NON_FINITE
+            assert "a lower optimizer.lr may help" in str(error.value)
+        else:
+            assert any(isinstance(end, NonFiniteError) for end in await ends)
+        await ends

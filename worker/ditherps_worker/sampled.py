@@ -12,6 +12,7 @@ import torch
 from ditherps.codecs import Codec, Encoded
 from ditherps.config import JobConfig
 from ditherps.dither import Address, Domain
+from ditherps.errors import NonFiniteError
 from ditherps.samples.contents import Contents
 from ditherps.samples.importance import Selection, probabilities, scores
 from ditherps.samples.mode import needs_model, sample_codec, warm_samples
@@ -95,6 +96,8 @@ class SampleSender:
             computer.task, computer.name, computer.model, computer.samples.features[rows],
             computer.samples.labels[rows], keys,
         )  # fmt: skip
+        if not np.isfinite(found).all():
+            raise NonFiniteError(f"round {round_}: the loss of a sample has a slope that is NaN or infinity")
         return Selection.toss(probabilities(found, self._job.data.keep), self._contents.coins(round_, self._index))
 
     def _samples(self, batch: _Batch, names: Ids, wanted: Need) -> bytes:
