@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ UNARY_SECONDS = 10.0
 """For how long the server waits for the message of a unary RPC, and until its answer has been sent."""
 UNARY_AT_ONCE = 96
 """For how many it waits with each."""
+MOST_AT_ONCE = 8
+"""Batches whose gradients are computed at once in mode `data`: each takes three times the model's memory."""
 
 
 async def serve(
@@ -114,7 +116,7 @@ async def serve_in(
     torch.set_num_threads(threads)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     broadcast = Broadcast(job.downlink, job.seed, model, down and down.for_layout(model.layout), pool)
-    sampled = _sampled(job, config, task, model, codec) if job.mode == "data" else None
+    sampled = _sampled(job, config, task, model, codec, pool, threads) if job.mode == "data" else None
     updater = Updater(model, job, sampled or EncodedUpdates(job, codec, model.layout), broadcast, pool)
     rules = rules_of(job, codec, server_evaluates=False, waits_for_workers=config.on_empty == "wait")
     _check_staging(job, codec, rules, updater)
@@ -239,7 +241,9 @@ _EXPLAINED = {
 }
 
 
-def _sampled(job: JobConfig, config: ServerConfig, task: Task, model: ServerModel, codec: Codec) -> SampledUpdates:
+def _sampled(
+    job: JobConfig, config: ServerConfig, task: Task, model: ServerModel, codec: Codec, pool: Executor, threads: int
+) -> SampledUpdates:
     """What mode `data` adds to a server; raises `UserError` where samples would travel in plaintext."""
     if config.certs is None and not is_loopback(config.host):
         raise UserError(
@@ -252,7 +256,8 @@ def _sampled(job: JobConfig, config: ServerConfig, task: Task, model: ServerMode
     if config.cache_dir is not None:
         rows = FileRows(config.cache_dir, SampleCache.row_bytes(features_of(task)))
     cache = SampleCache(features_of(task), job.data.cache_bytes, rows)
-    return SampledUpdates(job, task, model, codec, cache, device)
+    at_once = min(max(threads // job.compute_threads, 1), MOST_AT_ONCE)
+    return SampledUpdates(job, task, model, codec, cache, device, pool, at_once)
 
 
 def rules_of(job: JobConfig, codec: Codec, *, server_evaluates: bool, waits_for_workers: bool = False) -> Rules:

@@ -33,7 +33,7 @@ from ditherps_server.aggregate import Sender, aggregate
 from ditherps_server.cache import SampleCache, Taken
 from ditherps_server.model import ServerModel
 from ditherps_server.staging import Announcement, Contribution
-from ditherps_server.trainer import Computed, Trainer
+from ditherps_server.trainer import Batch, Computed, Trainers
 from ditherps_server.updates import SampleReport, Sum, address_of
 
 log = logging.getLogger(__name__)
@@ -55,9 +55,10 @@ class SampledUpdates:
     """The buffers are those that the server's own computation leaves."""
 
     def __init__(
-        self, job: JobConfig, task: Task, model: ServerModel, codec: Codec, cache: SampleCache, device: torch.device
-    ) -> None:
-        """`codec`: of the refinement, if the job has one."""
+        self, job: JobConfig, task: Task, model: ServerModel, codec: Codec, cache: SampleCache, device: torch.device,
+        pool: Executor | None = None, at_once: int = 1,
+    ) -> None:  # fmt: skip
+        """`codec`: of the refinement, if the job has one; `pool`, `at_once`: as of `Trainers`."""
         self.cache = cache
         self._agreement: Agreement | None = None
         self._gradient_seconds = 0.0
@@ -65,7 +66,7 @@ class SampledUpdates:
         self._contents = Contents(job, task, model.layout.coordinates, codec if job.data.refine else None)
         self._refinement = self._contents.refinement
         self._plain = make_codec("none")
-        self._trainer = Trainer(task, job.model or None, job.seed, device)
+        self._trainers = Trainers(task, job.model or None, job.seed, device, pool, at_once)
         self._shards: dict[int, Shard] = {}
 
     # Who has what.
@@ -172,19 +173,19 @@ class SampledUpdates:
     def _computed(self, contributions: Sequence[Contribution]) -> Iterator[tuple[Contribution, Computed]]:
         """The gradient at each contribution's samples; it holds until the next."""
         began, self._gradient_seconds = time.perf_counter(), 0.0
-        self._trainer.take(self._model)
-        for contribution in contributions:
-            announcement, taken = contribution.announcement, _taken(contribution)
-            change = taken.change
-            features, labels = change.samples(self._of(announcement.index).codec)
-            keys = augmentation_keys(self._job.seed, taken.epochs, change.ids[change.where])
-            weights = None if taken.selection is None else torch.from_numpy(taken.selection.weights).float()
-            computed = self._trainer.compute(
-                announcement.round, announcement.index, features, labels, keys, weights
-            )  # fmt: skip
+        computed = self._trainers.compute(self._model, map(self._batch_of, contributions))
+        for contribution, found in zip(contributions, computed, strict=True):
             self._gradient_seconds += time.perf_counter() - began
-            yield contribution, computed
+            yield contribution, found
             began = time.perf_counter()
+
+    def _batch_of(self, contribution: Contribution) -> Batch:
+        announcement, taken = contribution.announcement, _taken(contribution)
+        change = taken.change
+        features, labels = change.samples(self._of(announcement.index).codec)
+        keys = augmentation_keys(self._job.seed, taken.epochs, change.ids[change.where])
+        weights = None if taken.selection is None else torch.from_numpy(taken.selection.weights).float()
+        return Batch(announcement.round, announcement.index, features, labels, keys, weights)
 
     def decodes_alone(self, role: Role) -> bool:
         """No: gradients are computed when the round is closed, one after the other."""

@@ -17,7 +17,7 @@ from tests.deploy.metrics_table import DEPLOY
 from tests.deploy.test_prometheus import free_port
 from tests.service.harness import wait_until
 
-pytestmark = [pytest.mark.deploy, pytest.mark.slow, pytest.mark.timeout(3000)]  # both images are built from nothing
+pytestmark = [pytest.mark.deploy, pytest.mark.slow, pytest.mark.timeout(2000)]  # both images are built from nothing
 
 ROUNDS, WORKERS = 1000, 3
 # With a quorum of all, a round waits for the replacement of a worker: however fast the machine, there are rounds left.

@@ -112,7 +112,7 @@ def prometheus(folder: Path, server_port: int, worker_ports: list[int]) -> Itera
 
 
 @pytest.mark.slow  # a run of half a minute, since rates need time
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_every_expression_has_an_answer_and_every_metric_arrives(tmp_path: Path) -> None:
     certs = authorities.make(tmp_path / "certs")
     cluster, run_dir, ports = Cluster(tmp_path / "run"), tmp_path / "run", [free_port(), free_port()]
@@ -138,7 +138,7 @@ def test_every_expression_has_an_answer_and_every_metric_arrives(tmp_path: Path)
                 except OSError:
                     return False
 
-            wait_until(reachable, 60, "Prometheus and its targets")
+            wait_until(reachable, what="Prometheus and its targets")
             try:
                 wait_until(lambda: not unanswered(), 120, "an answer to every expression")
             except AssertionError:

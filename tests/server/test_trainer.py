@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from ditherps.sampling import Ids, Walk, augmentation_keys, split
 from ditherps.tasks import Task, load_task
 from ditherps_server.cache import SampleCache
 from ditherps_server.model import ServerModel
-from ditherps_server.trainer import Trainer
+from ditherps_server.trainer import Batch, Trainer, Trainers
 from ditherps_worker.compute import Computer
 from tests.tiny import Tiny
 
@@ -43,7 +45,7 @@ def test_at_the_workers_own_samples_it_is_the_workers_own_update(model: str) -> 
     for round_, worker in ((3, 0), (3, 1), (4, 1), (3, 0)):
         ids, epochs = batch(task, settings, worker, round_)
         keys = augmentation_keys(settings.seed, epochs, ids)
-        found = trainer.compute(round_, worker, samples.features[ids], samples.labels[ids], keys)
+        found = trainer.compute(Batch(round_, worker, samples.features[ids], samples.labels[ids], keys))
         computer = Computer(settings, worker, task, None, CPU)
         with torch.no_grad():
             computer.model.flat.copy_(server.w)
@@ -51,6 +53,31 @@ def test_at_the_workers_own_samples_it_is_the_workers_own_update(model: str) -> 
         update = computer.update(round_)
         assert torch.equal(found.gradient, update.vector)
         assert (found.buffers, found.loss) == (update.buffers, update.loss)
+
+
+@pytest.mark.parametrize("model", ["linear", "norm", "wide"])
+def test_at_once_or_one_by_one(model: str) -> None:
+    """Threads change no bit: with buffers, in groups that are not full, and of a model that draws random numbers."""
+    make_deterministic(1)
+    task = Tiny()
+    settings, samples = job(task, model), task.load(None, train=True)
+    server = ServerModel(task.build(model, 9))
+    batches = []
+    for round_ in range(5):
+        ids, epochs = batch(task, settings, round_ % 2, round_)
+        keys = augmentation_keys(settings.seed, epochs, ids)
+        batches.append(Batch(round_, round_ % 2, samples.features[ids], samples.labels[ids], keys))
+    alone = Trainer(task, model, settings.seed, CPU)
+    with ThreadPoolExecutor(3) as pool:
+        trainers = Trainers(task, model, settings.seed, CPU, pool, 3)
+        for moved in (0.0, 1.0):  # the model of a later round
+            with torch.no_grad():
+                server.w += moved
+            alone.take(server)
+            for one, found in zip(batches, trainers.compute(server, batches), strict=True):
+                expected = alone.compute(one)
+                assert torch.equal(found.gradient, expected.gradient)
+                assert (found.buffers, found.loss) == (expected.buffers, expected.loss)
 
 
 def test_lossless_samples_give_the_gradient_of_mode_gradient() -> None:
@@ -71,6 +98,6 @@ def test_lossless_samples_give_the_gradient_of_mode_gradient() -> None:
         change.complete(codec, payload)
         cache.commit(change)
         features, labels = change.samples(codec)
-        found = trainer.compute(5, 1, features, labels, augmentation_keys(settings.seed, epochs, ids))
+        found = trainer.compute(Batch(5, 1, features, labels, augmentation_keys(settings.seed, epochs, ids)))
         assert torch.equal(found.gradient, computer.update(5).vector) == (level == codec.deepest)
     assert not cache.begin(codec, 1, ids, codec.deepest).need
