@@ -15,7 +15,6 @@ from ditherps.config import JobConfig
 from ditherps.dither import Address, Domain
 from ditherps.downlink import downlink_codec
 from ditherps.feedback import ErrorFeedback
-from ditherps.kernels.cpu import accumulate_float32
 from ditherps.samples.importance import Selection, probabilities, scores
 from ditherps.samples.mode import sample_codec, update_codec
 from ditherps.sampling import Walk, augmentation_keys
@@ -161,7 +160,7 @@ class _Samples:
         if job.aggregation.name in ("mean", "weighted_mean"):
             into.zero_()
             for gradient, refinement, address, _ in parts.values():
-                accumulate_float32(gradient.numpy(), into.numpy(), np.float32(1 / len(parts)))  # never fused
+                into.add_(gradient * torch.tensor(1 / len(parts)))  # multiply, then add
                 if refinement is not None:
                     self._refinement.accumulate(refinement, address, into, 1 / len(parts), (0, len(into)))
             chosen = tuple(range(len(parts)))
