@@ -106,6 +106,12 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
     wait_until(condition, seconds, what, every_seconds=0.3)
 
 
+def resumed_at(engine: Engine, server: str) -> int:
+    """The version that a server went on from, as its log says; 0 if it does not."""
+    lines = [json.loads(line) for line in engine.docker("logs", server).stderr.splitlines() if line.startswith("{")]
+    return next((line["version"] for line in lines if line["message"].startswith("resumed")), 0)
+
+
 def test_a_cluster_trains_while_it_is_taken_apart(engine: Engine, tmp_path: Path) -> None:
     project = Project(engine, tmp_path / "deploy")
     compose = project.compose
@@ -143,12 +149,11 @@ def test_a_cluster_trains_while_it_is_taken_apart(engine: Engine, tmp_path: Path
     wait_for(lambda: project.query("count by (job) (up == 1)") == scraped, 60, "metrics of all of them")
 
     # The server is restarted, and goes on.
-    before = project.round()
     compose("restart", "server")
-    wait_for(lambda: project.round() > before + 20, 400, "rounds after the restart")
-    log = [json.loads(line) for line in engine.docker("logs", server).stderr.splitlines() if line.startswith("{")]
-    (resumed,) = [line for line in log if line["message"].startswith("resumed")]
-    assert 0 < resumed["version"] < ROUNDS
+    wait_for(lambda: resumed_at(engine, server) > 0, 200, "the server to begin where it was")
+    version = resumed_at(engine, server)
+    assert stopped_at < version < ROUNDS
+    wait_for(lambda: project.round() > version + 20, 400, "rounds after the restart")
 
     assert engine.docker("wait", server).stdout.strip() == "0"
     engine.docker("cp", f"{server}:/var/lib/ditherps/run", tmp_path / "run")
