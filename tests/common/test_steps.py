@@ -83,7 +83,7 @@ FILLED: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("given", "expected"), FILLED, ids=str)
+@pytest.mark.parametrize(("given", "expected"), FILLED, ids=[str(given) for given, _ in FILLED])
 def test_a_dump_is_complete_and_describes_the_same_codec(given: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, whole in (("dqsg", False), ("qsgd", True)):
         used = codec(name, **given)
