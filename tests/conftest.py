@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-ALONE = ("worker", "service", "faults", "deploy")
-"""Folders whose tests have processes, sockets and limits of time: with `pytest -n 2` never two of them at once."""
+GROUPS = {"service": "service", "worker": "faults", "faults": "faults", "deploy": "faults"}
+"""Folders whose tests have processes, sockets and limits of time: with `pytest -n 2` never two of a group at once."""
 
 settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("fixed")
@@ -27,8 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say what `pytest -n` may run beside each other; what takes longest is first."""
     folders = {item: item.path.relative_to(Path(__file__).parent).parts[0] for item in items}
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("alone" if folders[item] in ALONE else item.path.stem))
-    items.sort(key=lambda item: folders[item] not in ALONE)
+        item.add_marker(pytest.mark.xdist_group(GROUPS.get(folders[item], item.path.stem)))
+    items.sort(key=lambda item: folders[item] not in GROUPS)
 
 
 @pytest.fixture(scope="session")

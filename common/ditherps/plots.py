@@ -190,7 +190,7 @@ def _describe(axes: Axes, value: str, label: str, x_label: str, drawn: Sequence[
 
 
 def _finished(figure: Figure, axes: Axes, value: str, path: Path) -> Path:
-    axes.legend(loc="lower right" if value == "accuracy" else "upper right", fontsize=8)
+    axes.legend(loc="lower right" if value == "accuracy" else "best", fontsize=8)
     return save(figure, path)
 
 

@@ -40,6 +40,11 @@ class Sampler(Peer):
         await self.enter(served, name, task)
         await self.states_shard(self.sender.shard)
 
+    async def changes_shard(self, shard: bytes) -> None:
+        """Join again, with other samples: a session says only once which it has; raises `Refused`."""
+        await self.join(f"worker-{self.joined.index}", limits=LIMITS)
+        await self.states_shard(shard)
+
     async def states_shard(self, shard: bytes) -> None:
         """Say which samples it has; raises `Refused`."""
         request = pb.ReportRequest(fence=self.fence, shard=shard)

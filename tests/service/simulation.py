@@ -160,7 +160,7 @@ class _Samples:
         if job.aggregation.name in ("mean", "weighted_mean"):
             into.zero_()
             for gradient, refinement, address, _ in parts.values():
-                into.add_(gradient, alpha=1 / len(parts))
+                into.add_(gradient * torch.tensor(1 / len(parts)))  # multiply, then add
                 if refinement is not None:
                     self._refinement.accumulate(refinement, address, into, 1 / len(parts), (0, len(into)))
             chosen = tuple(range(len(parts)))

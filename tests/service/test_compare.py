@@ -14,7 +14,7 @@ from PIL import Image
 from ditherps import compare as comparing
 from ditherps.cli import main
 from ditherps.errors import ExitCode, OptionError, UnreachableError
-from ditherps.job import ResolvedJob
+from ditherps.job import ResolvedJob, resolve_job
 from ditherps.local import run_local
 from ditherps.plots import read_records
 from tests.service.test_local import job_of
@@ -140,7 +140,7 @@ def test_samples_alone_take_no_model_down() -> None:
     assert (first, named) == ("none", "dqsg")
     assert "step=rms" in gated
     assert "coder=rans" in refined
-    assert comparing.resolve(["dqsg"], {"task": "digits", "mode": "auto"})[0].config.downlink.codec == "none"
+    assert resolve_job({"task": "digits", "mode": "auto"}).config.downlink.codec == "none"
 
 
 def a_run(codec: str, **more: Any) -> dict[str, Any]:

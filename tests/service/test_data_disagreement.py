@@ -18,7 +18,7 @@ from tests.tiny import Tiny
 from tests.worker.conftest import _deterministic as _deterministic
 from tests.worker.test_loop import worker
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120)]
 
 ROUNDS = 4
 

@@ -255,7 +255,7 @@ async def test_shards_that_cannot_be(tmp_path: Path) -> None:
                 await eve.states_shard(bytes(noise))
         async with Sampler(served.address) as bob:
             await bob.ready(served, "worker-1")
-            await eve.states_shard(good)  # what was said last counts
+            await eve.changes_shard(good)  # what was said last counts
             assert (await closes_well(served, eve, bob)).model_sha256 == simulated(served.job, Tiny())
 
 
@@ -301,11 +301,14 @@ async def test_other_samples_while_a_round_is_open(tmp_path: Path) -> None:
     async with opened(tmp_path, rounds=1) as (served, eve, bob, plan):
         good = eve.sampled(plan)
         fewer = bytes(VERSION_BYTES) + pack(eve.computer.shard[:20])
-        await eve.states_shard(fewer)
+        with pytest.raises(Refused) as error:
+            await eve.states_shard(fewer)
+        assert error.value.reason is Reason.JOIN_RATE
+        await eve.changes_shard(fewer)
         assert await eve.sends(plan, good.update, good.sample_bytes) in (Reason.CONTEXT_MISMATCH, Reason.SIZE)
-        await eve.states_shard(eve.sender.shard)
+        await eve.changes_shard(eve.sender.shard)
         await eve.sends_well(plan)
-        await eve.states_shard(fewer)  # too late for this round
+        await eve.changes_shard(fewer)  # too late for this round
         assert (await closes_well(served, bob)).model_sha256 == simulated(served.job, Tiny())
 
 
@@ -331,10 +334,10 @@ async def test_other_samples_while_a_contribution_is_checked(tmp_path: Path, mon
         good = eve.sampled(plan)
         checked = asyncio.create_task(eve.sends(plan, good.update, good.sample_bytes))
         await gate.holds()
-        await eve.states_shard(bytes(VERSION_BYTES) + pack(eve.computer.shard[:20]))
+        await eve.changes_shard(bytes(VERSION_BYTES) + pack(eve.computer.shard[:20]))
         gate.open.set()
         assert await checked == Reason.SUPERSEDED
-        await eve.states_shard(eve.sender.shard)
+        await eve.changes_shard(eve.sender.shard)
         assert (await closes_well(served, eve, bob)).model_sha256 == simulated(served.job, Tiny())
 
 
