@@ -141,7 +141,6 @@ def make_base(engine: Engine, folder: Path) -> None:
     for leftover in (root / "var/cache/apt/archives").glob("*.deb"):
         leftover.unlink()
     engine.run(["sh", "-c", f"tar -C {root} -c . | {docker_client()} import - {BASE}"])
-    remove(root)
     context = folder / "prometheus-image"
     context.mkdir()
     for program in ("prometheus", "promtool"):
