@@ -274,7 +274,7 @@ class TestFindingData:
         monkeypatch.setattr(files, "_SCRIPT", "raise RuntimeError('no route')")
         assert files._download("MNIST", tmp_path) == "RuntimeError: no route"
 
-    @pytest.mark.parametrize("content", [b"", b"\0\0\x08\x03", b"not gzip at all", gzip.compress(b"\1\2\3\4")])
+    @pytest.mark.parametrize("content", [b"", b"\0\0\x08\x03", b"not gzip at all", gzip.compress(b"\1\2\3\4", mtime=0)])
     def test_a_damaged_file_is_named(self, nowhere: Path, content: bytes) -> None:
         write_mnist(nowhere)
         path = nowhere / "MNIST/raw/train-images-idx3-ubyte.gz"
