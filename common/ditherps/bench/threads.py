@@ -63,7 +63,7 @@ def gains(used: Codec, x: Tensor, encoded: Encoded, side: Tensor, threads: int, 
         encoded: x in round 0.
         side: what the server knows.
         threads: at least 2.
-        repeats: of each timing.
+        repeats: of each timing, three times as often: the fastest of few runs scatters.
 
     Returns:
         `compute_gain` of a loop without memory, `accumulate_gain` and `encode_gain`; that is about 1 where the codec
@@ -91,7 +91,7 @@ def gains(used: Codec, x: Tensor, encoded: Encoded, side: Tensor, threads: int, 
             for action in pair:
                 action()  # kernels load, and every thread gets its own room
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in pairs}
-        for _ in range(repeats):
+        for _ in range(3 * repeats):
             for name, (one, many) in pairs.items():
                 seconds[name].append((timed(one), timed(many)))
     result: dict[str, Any] = {"threads": threads}
