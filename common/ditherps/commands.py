@@ -47,7 +47,7 @@ def local(
 
     flags = options.job_flags(task, model, workers, rounds, codec, codec_option, downlink_codec, mode, seed, set_)
     job = resolve_job(flags, config)
-    folder = run_dir or options.default_run_dir(job.config.task, job.config.codec)
+    folder = run_dir or options.default_run_dir(job.config.task, job.config.uplink)
     result, exit_code = run_local(job, folder, data_dir, verbose=verbose)
     if json_ and result is not None:
         print(json.dumps(result), flush=True)

@@ -75,7 +75,7 @@ def server(
         "health_socket": health_socket, "log_format": log_format, "tensorboard": tensorboard,
         "device": device, "cache_dir": cache_dir, "keep_cache": keep_cache,
     }  # fmt: skip
-    defaults = {"run_dir": options.default_run_dir(job.config.task, job.config.codec)}
+    defaults = {"run_dir": options.default_run_dir(job.config.task, job.config.uplink)}
     flags = {key: value for key, value in given.items() if value is not None}
     settings = validated(ServerConfig, merged(defaults, job.server, flags))
     log_to_stderr(verbose=verbose, form=settings.log_format)
