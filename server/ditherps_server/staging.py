@@ -89,6 +89,7 @@ class Contribution:
         self.stream = stream
         self.content = memoryview(b"")
         self.taken = None
+        self.checked = None  # whose error, with its frames, would hold this
         self.receiver = Receiver(self.content, b"")
 
 
