@@ -213,9 +213,9 @@ def check_join(request: pb.JoinRequest, task: str, mode: str, level: int, codecs
             "--allow-data there to let it",
         ),
         (
-            level <= limits.data_bits,
+            level <= limits.data_level,
             Reason.DATA_NOT_ALLOWED,
-            f"samples at level {level} are asked for; the worker allows {limits.data_bits}",
+            f"samples at level {level} are asked for; the worker allows {limits.data_level}",
         ),
         (mode in limits.modes, Reason.LIMITS, f"the worker does not take mode {mode!r}"),
         *(

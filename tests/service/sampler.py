@@ -17,7 +17,7 @@ from tests.service.inprocess import CALL_SECONDS, Peer, Served, answered
 from tests.tiny import Tiny
 
 LIMITS = pb.WorkerLimits(
-    modes=("gradient", "local", "data"), codecs=codec_names(), model_bytes=1 << 30, data_bits=15
+    modes=("gradient", "local", "data"), codecs=codec_names(), model_bytes=1 << 30, data_level=15
 )  # fmt: skip
 
 

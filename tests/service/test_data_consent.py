@@ -114,7 +114,7 @@ async def test_the_server_does_not_let_in_who_does_not_allow_it(
         limits = type(LIMITS).FromString(LIMITS.SerializeToString())
         limits.ClearField("modes")
         limits.modes.extend(modes)
-        limits.data_bits = level
+        limits.data_level = level
         with pytest.raises(Refused) as error:
             await peer.join("worker-0", limits=limits)
         assert error.value.reason is reason

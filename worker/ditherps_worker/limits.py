@@ -33,7 +33,7 @@ def stated(config: WorkerConfig) -> pb.WorkerLimits:
     """What a worker says at Join that it takes."""
     return pb.WorkerLimits(
         modes=(*MODES, "data") if config.allow_data else MODES, codecs=codec_names(), plan_bytes=PLAN_BYTES,
-        model_bytes=config.max_model_bytes, data_bits=config.max_data_level,
+        model_bytes=config.max_model_bytes, data_level=config.max_data_level,
     )  # fmt: skip
 
 
@@ -49,8 +49,8 @@ def accepted(joined: pb.JoinResponse, limits: pb.WorkerLimits) -> JobConfig:
     job = _job(joined.job)
     if job.mode == "data" and "data" not in limits.modes:
         raise RefusedError(Reason.DATA_NOT_ALLOWED, DATA_ASKED_FOR)
-    if job.mode == "data" and job.data.level > limits.data_bits:
-        message = f"samples at level {job.data.level} are asked for; this worker allows {limits.data_bits}"
+    if job.mode == "data" and job.data.level > limits.data_level:
+        message = f"samples at level {job.data.level} are asked for; this worker allows {limits.data_level}"
         raise RefusedError(Reason.DATA_NOT_ALLOWED, message)
     if job.mode not in limits.modes:
         raise RefusedError(Reason.LIMITS, f"the job's mode is {job.mode!r}, which this worker does not take")

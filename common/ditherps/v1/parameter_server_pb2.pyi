@@ -60,10 +60,10 @@ class WorkerLimits(_message.Message):
     CODECS_FIELD_NUMBER: _builtins.int
     MODEL_BYTES_FIELD_NUMBER: _builtins.int
     PLAN_BYTES_FIELD_NUMBER: _builtins.int
-    DATA_BITS_FIELD_NUMBER: _builtins.int
+    DATA_LEVEL_FIELD_NUMBER: _builtins.int
     model_bytes: _builtins.int
     plan_bytes: _builtins.int
-    data_bits: _builtins.int
+    data_level: _builtins.int
     """Mode `data`: finest level of quantized samples that may leave the node."""
     @_builtins.property
     def modes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
@@ -76,11 +76,11 @@ class WorkerLimits(_message.Message):
         codecs: _abc.Iterable[_builtins.str] | None = ...,
         model_bytes: _builtins.int = ...,
         plan_bytes: _builtins.int = ...,
-        data_bits: _builtins.int = ...,
+        data_level: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codecs", b"codecs", "data_bits", b"data_bits", "model_bytes", b"model_bytes", "modes", b"modes", "plan_bytes", b"plan_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codecs", b"codecs", "data_level", b"data_level", "model_bytes", b"model_bytes", "modes", b"modes", "plan_bytes", b"plan_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
